@@ -1,0 +1,172 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of ViTReg, the vision transformer with register tokens."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+
+# Every entry, whichever class is saved: a repository written from the classifier must load as a backbone too.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vitreg.ViTRegConfig",
+    "AutoModel": "modeling_vitreg.ViTRegModel",
+    "AutoModelForImageClassification": "modeling_vitreg.ViTRegForImageClassification",
+    "AutoBackbone": "modeling_vitreg.ViTRegBackbone",
+}
+
+
+@auto_docstring(checkpoint="org/vitreg-large")
+@strict
+class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    mlp_ratio (`float` or `int`, *optional*, defaults to 4.0):
+        Width of the MLP over the width of the model, used where `intermediate_size` is not given. With SwiGLU two
+        thirds of it are taken and rounded up to a multiple of 8, as in DINOv2.
+    layerscale_value (`float`, *optional*, defaults to 1.0):
+        Initial value of LayerScale. `None` leaves the parameter out, which is not the same as 1.0: that one trains.
+    drop_path_schedule (`str`, *optional*, defaults to `"uniform"`):
+        `"uniform"` drops every residual branch with `drop_path_rate` (DINOv2, DeiT-III); `"linear"` raises the rate
+        from 0 in the first layer to `drop_path_rate` in the last.
+    use_swiglu_ffn (`bool`, *optional*, defaults to `False`):
+        Whether the MLP is SwiGLU (DINOv2 g/14) in place of `hidden_act` between two linear layers.
+    num_register_tokens (`int`, *optional*, defaults to 4):
+        Number of register tokens, 0 or more. They follow CLS and carry no position embedding.
+    register_init_std (`float`, *optional*, defaults to 1e-06):
+        Standard deviation of the registers (and of CLS) at initialization. Must be positive: registers that start
+        equal get equal gradients and stay one register.
+    use_mask_token (`bool`, *optional*, defaults to `False`):
+        Whether the model has a mask token, for masked image modelling.
+    interpolate_antialias (`bool`, *optional*, defaults to `True`):
+        Whether position embeddings are antialiased where they are interpolated. DINOv2 models with registers: `True`,
+        without: `False`.
+    interpolate_offset (`float`, *optional*, defaults to 0.0):
+        0 interpolates position embeddings to the size of the patch grid (DINOv2 models with registers). Another value
+        is added to rows and columns, and the resulting scale factors are used (0.1 in DINOv2 models without).
+    classifier_layout (`str`, *optional*, defaults to `"cls_mean"`):
+        What the classifier reads, after the final norm: `"cls"`, `"cls_mean"` (CLS and the mean of the patches) or
+        `"last4_cls_mean"` (CLS of the last four layers and the mean of the last layer's patches: DINOv2's 4-layer
+        heads). Registers are in no mean.
+    apply_layernorm (`bool`, *optional*, defaults to `True`):
+        Whether the backbone applies the final norm to its feature maps.
+    reshape_hidden_states (`bool`, *optional*, defaults to `True`):
+        Whether the backbone returns maps of shape `(batch_size, hidden_size, rows, cols)` without CLS and registers.
+        If `False`, all tokens as `(batch_size, sequence_length, hidden_size)`.
+    return_prefix_tokens (`bool`, *optional*, defaults to `False`):
+        Whether the backbone returns CLS and registers of every selected stage beside the maps.
+
+    Example:
+
+    ```python
+    >>> from hf_vitreg import ViTRegConfig, ViTRegModel
+
+    >>> configuration = ViTRegConfig(num_register_tokens=8)
+    >>> model = ViTRegModel(configuration)
+    >>> model.config.num_prefix_tokens
+    9
+    ```"""
+
+    model_type = "vitreg"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: float | int = 4.0
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    qkv_bias: bool = True
+    layerscale_value: float | int | None = 1.0
+    drop_path_rate: float | int = 0.0
+    drop_path_schedule: Literal["uniform", "linear"] = "uniform"
+    use_swiglu_ffn: bool = False
+    num_register_tokens: int = 4
+    register_init_std: float = 1e-6
+    use_mask_token: bool = False
+    interpolate_antialias: bool = True
+    interpolate_offset: float | int = 0.0
+    classifier_layout: Literal["cls", "cls_mean", "last4_cls_mean"] = "cls_mean"
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    return_prefix_tokens: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = int(self.hidden_size * self.mlp_ratio)
+            if self.use_swiglu_ffn:
+                self.intermediate_size = (int(self.intermediate_size * 2 / 3) + 7) // 8 * 8
+        self.stage_names = ["stem"] + [f"stage{idx}" for idx in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before the first patch: CLS and the registers."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid that the position embeddings were trained on."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    # PreTrainedConfig refuses `output_attentions` outside eager attention, because its models would return nothing.
+    # Ours compute real attention in every implementation.
+    @property
+    def output_attentions(self) -> bool:
+        """Whether forward returns the attention of every layer."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool):
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        """Nothing to refuse: see `output_attentions`."""
+
+    def validate_vitreg(self):
+        """Raises `ValueError` for values that no ViTReg can have, at creation and when saved."""
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must be 0 or more, got {self.num_register_tokens}.")
+        if self.register_init_std <= 0:
+            raise ValueError(
+                f"register_init_std must be positive, got {self.register_init_std}: registers that start equal stay "
+                "equal. DINOv2 uses 1e-6, DINOv3 0.02."
+            )
+        if min(self.grid_size) < 1:
+            raise ValueError(
+                f"image_size {self.image_size} must be at least one patch of {self.patch_size} pixels each way."
+            )
+        if self.classifier_layout == "last4_cls_mean" and self.num_hidden_layers < 4:
+            raise ValueError(
+                'classifier_layout="last4_cls_mean" reads four layers, but '
+                f'num_hidden_layers={self.num_hidden_layers}. Choose "cls" or "cls_mean".'
+            )
+
+
+__all__ = ["ViTRegConfig"]

@@ -1,0 +1,636 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ViTReg: the vision transformer with register tokens (Darcet et al., ICLR 2024).
+
+One token order everywhere: `[CLS, REG_1 .. REG_N, patches]`. Registers join after the position embedding, carry none
+of their own, and are left out of every mean and every feature map.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
+
+from .configuration_vitreg import ViTRegConfig
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of [`ViTRegModel`], every token under its own name.
+    """
+)
+@dataclass
+class ViTRegModelOutput(BaseModelOutputWithPooling):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        All tokens after the final norm: CLS, `num_register_tokens` registers, patches.
+    pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+        CLS after the final norm.
+    register_tokens (`torch.FloatTensor` of shape `(batch_size, num_register_tokens, hidden_size)`):
+        The registers after the final norm.
+    patch_tokens (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
+        The patches after the final norm, row by row.
+    """
+
+    # after the inherited fields, so that output[0] and output[1] are what they are in every transformers model
+    register_tokens: torch.FloatTensor | None = None
+    patch_tokens: torch.FloatTensor | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of [`ViTRegBackbone`].
+    """
+)
+@dataclass
+class ViTRegBackboneOutput(BackboneOutput):
+    r"""
+    cls_tokens (`tuple(torch.FloatTensor)`, *optional*):
+        CLS of each selected stage, `(batch_size, hidden_size)`. Returned when `return_prefix_tokens=True`.
+    register_tokens (`tuple(torch.FloatTensor)`, *optional*):
+        Registers of each selected stage, `(batch_size, num_register_tokens, hidden_size)`. Returned likewise.
+    """
+
+    cls_tokens: tuple[torch.FloatTensor, ...] | None = None
+    register_tokens: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ViTRegPatchEmbeddings(nn.Module):
+    """Linear map of every patch.
+
+    `(batch_size, num_channels, height, width) -> (batch_size, rows * cols, hidden_size)`
+    """
+
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self._check(pixel_values)
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+    def _check(self, pixel_values: torch.Tensor):
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch_size, {self.num_channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}. The number of channels is `num_channels` of the config."
+            )
+        # an exported program serves sizes that are not known here
+        if torch.compiler.is_exporting():
+            return
+        for side, pixels in zip(("height", "width"), pixel_values.shape[2:]):
+            if pixels % self.patch_size or pixels == 0:
+                below = pixels // self.patch_size * self.patch_size
+                nearest = f"{below} or {below + self.patch_size}" if below else f"{self.patch_size}"
+                raise ValueError(
+                    f"pixel_values have a {side} of {pixels} pixels, which is no multiple of the patch size "
+                    f"{self.patch_size}. The nearest that is: {nearest}. Resize or crop the images."
+                )
+
+
+class ViTRegEmbeddings(nn.Module):
+    """Patches, CLS, registers, mask token and the position embeddings of CLS and patches."""
+
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        rows, cols = config.grid_size
+        self.config = config
+        self.grid_size = config.grid_size
+        self.patch_size = config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.register_tokens = None
+        # CODEPATH: DINOv2, DeiT-III and OpenCLIP were published without registers first
+        if config.num_register_tokens > 0:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        # A parameter that no forward uses stops distributed training, hence the switch.
+        # CODEPATH: self-supervised pretraining (DINOv2) masks patches, classifiers do not
+        self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.use_mask_token else None
+        self.patch_embeddings = ViTRegPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * cols, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        batch_size, _, height, width = pixel_values.shape
+        patches = self._mask(self.patch_embeddings(pixel_values), bool_masked_pos)
+        cls_position, patch_positions = self.interpolated_position_embeddings(
+            height // self.patch_size, width // self.patch_size
+        )
+        patches = patches + patch_positions.to(patches.dtype)
+        prefix = [self.cls_token + cls_position] + ([] if self.register_tokens is None else [self.register_tokens])
+        prefix = [tokens.to(patches.dtype).expand(batch_size, -1, -1) for tokens in prefix]
+        return self.dropout(torch.cat([*prefix, patches], dim=1))
+
+    def _mask(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
+        """Puts the mask token in the place of the patches where `bool_masked_pos` is true."""
+        if bool_masked_pos is not None and self.mask_token is None:
+            raise ValueError("bool_masked_pos needs a mask token: set use_mask_token=True in the config.")
+        if bool_masked_pos is not None:
+            mask_token = self.mask_token.to(patches.dtype)
+            return torch.where(bool_masked_pos.to(torch.bool).unsqueeze(-1), mask_token, patches)
+        if self.mask_token is not None and self.training:
+            # keeps the mask token in the graph of a step that masks nothing: distributed training needs its gradient
+            return patches + 0 * self.mask_token.to(patches.dtype)
+        return patches
+
+    def interpolated_position_embeddings(self, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position embeddings of CLS, `(1, 1, hidden_size)`, and of a patch grid, `(1, rows * cols, hidden_size)`.
+
+        Bicubic, in float32, with the two conventions of DINOv2: to a size (`interpolate_offset` 0, models with
+        registers) or by scale factors with an offset (0.1, models without). The grid of the config is returned as it
+        is.
+        """
+        cls_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        exporting = torch.compiler.is_exporting()
+        if not exporting and (rows, cols) == self.grid_size:
+            return cls_position, patch_positions
+        # (1, base_rows * base_cols, hidden_size) -> (1, hidden_size, base_rows, base_cols)
+        grid = patch_positions.float().unflatten(1, self.grid_size).permute(0, 3, 1, 2)
+        offset, antialias = self.config.interpolate_offset, self.config.interpolate_antialias
+        # CODEPATH: DINOv2 with registers interpolates to a size, DINOv2 without by scale factors
+        if offset == 0:
+            grid = nn.functional.interpolate(grid, size=(rows, cols), mode="bicubic", antialias=antialias)
+        elif exporting:
+            grid = _sample_bicubic(grid, rows, cols, offset)
+        else:
+            scale = tuple((new + offset) / base for new, base in zip((rows, cols), self.grid_size))
+            grid = nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
+        return cls_position, grid.permute(0, 2, 3, 1).flatten(1, 2).to(patch_positions.dtype)
+
+
+def _sample_bicubic(grid: torch.Tensor, rows: int, cols: int, offset: float) -> torch.Tensor:
+    """`interpolate(grid, scale_factor=((rows + offset) / base_rows, ..), mode="bicubic")` for symbolic rows and cols.
+
+    `interpolate` takes its factors as Python numbers, which fixes an exported program to one size; sampling at the
+    same coordinates takes them as tensors. At the base grid the factor is 1, as in DINOv2.
+    """
+    base = torch.tensor(grid.shape[-2:], device=grid.device)
+    index_rows, index_cols = torch.arange(rows, device=grid.device), torch.arange(cols, device=grid.device)
+    size = torch.stack([index_rows[-1], index_cols[-1]]) + 1
+    scale = (size + offset * (size != base).any()) / base
+    # centres of the new cells in a frame where the base grid spans -1 to 1
+    y = (2 * index_rows + 1) / (scale[0] * base[0]) - 1
+    x = (2 * index_cols + 1) / (scale[1] * base[1]) - 1
+    centres = torch.stack([x[None, :].expand(rows, cols), y[:, None].expand(rows, cols)], dim=-1).unsqueeze(0)
+    return nn.functional.grid_sample(grid, centres, mode="bicubic", padding_mode="border", align_corners=False)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by its formula, in the signature of transformers' attention interface."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ViTRegAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface."""
+
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
+                f"{config.num_attention_heads}."
+            )
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, tokens, hidden_size) -> (batch_size, num_heads, tokens, head_dim)`"""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # kept from the attention functions: those that cannot return weights would warn and return none
+        output_attentions = kwargs.pop("output_attentions", self.config.output_attentions)
+        query = self._heads(self.q_proj(hidden_states))
+        key = self._heads(self.k_proj(hidden_states))
+        value = self._heads(self.v_proj(hidden_states))
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attention_output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        if not output_attentions:
+            weights = None
+        elif weights is None:
+            weights = self._weights(query, key)
+        return self.o_proj(attention_output.flatten(-2)), weights
+
+    def rows(self, hidden_states: torch.Tensor, query_tokens: slice) -> torch.Tensor:
+        """Attention of some tokens to all: `(batch_size, num_heads, num_queries, tokens)`, rows sum to 1."""
+        query = self._heads(self.q_proj(hidden_states[:, query_tokens]))
+        return self._weights(query, self._heads(self.k_proj(hidden_states)))
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(query, key.transpose(2, 3)).mul(self.scaling).softmax(dim=-1)
+
+
+def _may_overwrite(producer: nn.Module) -> bool:
+    """Whether the output of `producer` is nobody else's: no autograd and no forward hook will read it later.
+
+    The widest tensors of the model are then allocated once instead of twice, 6 % of a forward on a CPU.
+    """
+    return not torch.is_grad_enabled() and not producer._forward_hooks
+
+
+class ViTRegMLP(nn.Module):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        self.hidden_act = config.hidden_act
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.fc1(hidden_states)
+        if self.hidden_act == "gelu" and _may_overwrite(self.fc1):
+            hidden_states = torch.ops.aten.gelu_(hidden_states)
+        else:
+            hidden_states = self.activation_fn(hidden_states)
+        return self.fc2(hidden_states)
+
+
+class ViTRegSwiGLUFFN(nn.Module):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if _may_overwrite(self.gate_proj):
+            return self.down_proj(nn.functional.silu(gate, inplace=True).mul_(up))
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class ViTRegResidual(nn.Module):
+    """Adds a branch to its residual, through LayerScale and stochastic depth where the model has them.
+
+    LayerScale (Touvron et al., 2021) scales every channel by a learned factor. Stochastic depth (Huang et al., 2016)
+    drops the branch of whole samples in training and scales the others up.
+    """
+
+    def __init__(self, config: ViTRegConfig, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+        # CODEPATH: DINOv2 and DeiT-III have LayerScale, the original ViT has none
+        self.lambda1 = None if config.layerscale_value is None else nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        if self.training and self.drop_prob > 0:
+            keep_prob = 1 - self.drop_prob
+            branch = branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep_prob).div_(keep_prob)
+        if self.lambda1 is None:
+            return residual + branch
+        # one pass over memory where a product and a sum would take two
+        return torch.addcmul(residual, branch, self.lambda1)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}, layer_scale={self.lambda1 is not None}"
+
+
+class ViTRegLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block: attention, then MLP, each added through LayerScale and stochastic depth."""
+
+    def __init__(self, config: ViTRegConfig, layer_idx: int):
+        super().__init__()
+        drop_prob = config.drop_path_rate
+        # CODEPATH: DINOv2 and DeiT-III are "uniform", most timm recipes "linear"
+        if config.drop_path_schedule == "linear":
+            drop_prob *= layer_idx / max(config.num_hidden_layers - 1, 1)
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ViTRegAttention(config)
+        self.residual1 = ViTRegResidual(config, drop_prob)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: DINOv2 g/14 is SwiGLU, S, B and L are GELU
+        self.mlp = ViTRegSwiGLUFFN(config) if config.use_swiglu_ffn else ViTRegMLP(config)
+        self.residual2 = ViTRegResidual(config, drop_prob)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_rows: slice | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """`attention_rows` asks for what these tokens attend to in this layer, in place of the layer's output.
+
+        It is asked for here, not of the attention module, because offloading and sharding bring a layer's weights in
+        when its forward is called.
+        """
+        normed = self.norm1(hidden_states)
+        if attention_rows is not None:
+            return self.attention.rows(normed, attention_rows)
+        attention_output, _ = self.attention(normed, **kwargs)
+        hidden_states = self.residual1(hidden_states, attention_output)
+        return self.residual2(hidden_states, self.mlp(self.norm2(hidden_states)))
+
+
+@auto_docstring
+class ViTRegPreTrainedModel(PreTrainedModel):
+    config: ViTRegConfig
+    base_model_prefix = "vitreg"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTRegEmbeddings", "ViTRegLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ViTRegLayer, "attentions": ViTRegAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Weights and positions: truncated normal; CLS and registers: almost zero, but distinct; mask: zero."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ViTRegEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
+            init.normal_(module.cls_token, std=self.config.register_init_std)
+            if module.register_tokens is not None:
+                init.normal_(module.register_tokens, std=self.config.register_init_std)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+        elif isinstance(module, ViTRegResidual) and module.lambda1 is not None:
+            init.constant_(module.lambda1, self.config.layerscale_value)
+
+    @torch.no_grad()
+    def get_attention_maps(self, pixel_values: torch.Tensor, layer: int, queries: str = "cls") -> torch.Tensor:
+        r"""Attention of chosen tokens in one layer. Runs the layers up to it and keeps no attention of the others.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Images, of any size that is a multiple of the patch size.
+            layer (`int`):
+                The layer, from 0, or from the end with -1 the last.
+            queries (`str`, *optional*, defaults to `"cls"`):
+                The tokens that attend: `"cls"`, `"registers"` or `"all"`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_heads, num_queries, 1 + num_register_tokens + num_patches)`:
+            probabilities, each row sums to 1. For the maps over the image, cut the prefix and unflatten:
+            `maps[..., config.num_prefix_tokens:].unflatten(-1, (rows, cols))`.
+
+        Raises:
+            `ValueError`: where the layer does not exist, or `queries` is none of the three, or asks for registers of a
+            model that has none.
+        """
+        num_layers, num_prefix_tokens = self.config.num_hidden_layers, self.config.num_prefix_tokens
+        rows = {"cls": slice(0, 1), "registers": slice(1, num_prefix_tokens), "all": slice(None)}
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(f"layer {layer} does not exist: the model has {num_layers}, 0 to {num_layers - 1}.")
+        if queries not in rows:
+            raise ValueError(f"queries must be one of {', '.join(map(repr, rows))}, got {queries!r}.")
+        if queries == "registers" and num_prefix_tokens == 1:
+            raise ValueError('The model has no registers (num_register_tokens=0). Ask for queries="cls" or "all".')
+        base_model = self.base_model
+        *layers_before, layer_module = base_model.encoder.layer[: layer % num_layers + 1]
+        hidden_states = base_model.embeddings(pixel_values)
+        for layer_before in layers_before:
+            hidden_states = layer_before(hidden_states)
+        return layer_module(hidden_states, attention_rows=rows[queries])
+
+
+class ViTRegEncoder(ViTRegPreTrainedModel):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__(config)
+        self.layer = nn.ModuleList([ViTRegLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        for layer_module in self.layer:
+            hidden_states = layer_module(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+@auto_docstring
+class ViTRegModel(ViTRegPreTrainedModel):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__(config)
+        self.embeddings = ViTRegEmbeddings(config)
+        self.encoder = ViTRegEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # now and not at the first use: torch.compile(fullgraph=True) cannot trace the installation
+        maybe_install_capturing_hooks(self.encoder)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ViTRegModelOutput:
+        r"""
+        bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
+            Which patches are replaced by the mask token, before the position embedding. Needs `use_mask_token=True`.
+        """
+        embeddings = self.embeddings(pixel_values, bool_masked_pos)
+        # an encoder that returned a tuple, as config.return_dict=False makes it, could not be read by name
+        encoder_outputs = self.encoder(embeddings, **{**kwargs, "return_dict": True})
+        tokens = self.layernorm(encoder_outputs.last_hidden_state)
+        return ViTRegModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=tokens[:, 0],
+            register_tokens=tokens[:, 1 : self.config.num_prefix_tokens],
+            patch_tokens=tokens[:, self.config.num_prefix_tokens :],
+            hidden_states=encoder_outputs.hidden_states,
+            attentions=encoder_outputs.attentions,
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    ViTReg with a linear classifier on CLS, on CLS and the mean of the patches, or on the last four layers' CLS and the
+    mean of the patches (`config.classifier_layout`). Registers are in no mean.
+    """
+)
+class ViTRegForImageClassification(ViTRegPreTrainedModel):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vitreg = ViTRegModel(config)
+        num_features = {"cls": 1, "cls_mean": 2, "last4_cls_mean": 5}[config.classifier_layout] * config.hidden_size
+        self.classifier = nn.Linear(num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Class of each image, 0 to `num_labels - 1`. The loss is computed in float32 whatever the model's dtype.
+        """
+        requested = kwargs.pop("output_hidden_states", None) or self.config.output_hidden_states
+        outputs = self.vitreg(pixel_values, output_hidden_states=self._hidden_states_to_keep(requested), **kwargs)
+        logits = self.classifier(self._features(outputs))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits.float(), self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states if requested else None,
+            attentions=outputs.attentions,
+        )
+
+    def _hidden_states_to_keep(self, requested: bool | int | list[int]) -> bool | list[int]:
+        """What the caller wants to see, and the layers that the classifier reads."""
+        # CODEPATH: DINOv2's 4-layer linear heads
+        if self.config.classifier_layout != "last4_cls_mean" or requested is True:
+            return requested
+        selected = [requested] if isinstance(requested, int) and requested is not False else requested or []
+        return [*selected, -4, -3, -2, -1]
+
+    def _features(self, outputs: ViTRegModelOutput) -> torch.Tensor:
+        """`(batch_size, classifier.in_features)`, all after the final norm."""
+        layout = self.config.classifier_layout
+        # CODEPATH: the default of most ViTs
+        if layout == "cls":
+            return outputs.pooler_output
+        cls_tokens = [outputs.pooler_output]
+        # CODEPATH: DINOv2's 4-layer linear heads
+        if layout == "last4_cls_mean":
+            cls_tokens = [self.vitreg.layernorm(states[:, 0]) for states in outputs.hidden_states[-4:]]
+        return torch.cat([*cls_tokens, outputs.patch_tokens.mean(dim=1)], dim=-1)
+
+
+@auto_docstring(
+    custom_intro="""
+    ViTReg backbone: patch feature maps of any layers, for frameworks like DETR, Mask R-CNN and UperNet.
+    """
+)
+class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.embeddings = ViTRegEmbeddings(config)
+        self.encoder = ViTRegEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        return_prefix_tokens: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ViTRegBackboneOutput:
+        r"""
+        return_prefix_tokens (`bool`, *optional*, defaults to `config.return_prefix_tokens`):
+            Whether to return CLS and registers of each selected stage as `cls_tokens` and `register_tokens`.
+        """
+        if return_prefix_tokens is None:
+            return_prefix_tokens = self.config.return_prefix_tokens
+        grid_size = tuple(pixels // self.config.patch_size for pixels in pixel_values.shape[-2:])
+        outputs = self.encoder(self.embeddings(pixel_values), **{**kwargs, "return_dict": True})
+        stages = [
+            hidden_state
+            for stage_name, hidden_state in zip(self.stage_names, outputs.hidden_states)
+            if stage_name in self.out_features
+        ]
+        # CODEPATH: DINOv2's segmentation heads read normed features, its depth heads do not
+        if self.config.apply_layernorm:
+            stages = [self.layernorm(hidden_state) for hidden_state in stages]
+        cls_tokens = register_tokens = None
+        if return_prefix_tokens:
+            cls_tokens = tuple(tokens[:, 0] for tokens in stages)
+            register_tokens = tuple(tokens[:, 1 : self.config.num_prefix_tokens] for tokens in stages)
+        # CODEPATH: detectors read maps, others may ask for plain token sequences
+        if self.config.reshape_hidden_states:
+            stages = [self._map(tokens, grid_size) for tokens in stages]
+        return ViTRegBackboneOutput(
+            feature_maps=tuple(stages),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cls_tokens=cls_tokens,
+            register_tokens=register_tokens,
+        )
+
+    def _map(self, tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """`(batch_size, prefix + rows * cols, hidden_size) -> (batch_size, hidden_size, rows, cols)`"""
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        return patches.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous()
+
+
+__all__ = [
+    "ViTRegBackbone",
+    "ViTRegForImageClassification",
+    "ViTRegModel",
+    "ViTRegPreTrainedModel",
+]

@@ -1,0 +1,436 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""Fine-tunes a ViTReg classifier: `accelerate launch finetune.py [--config recipe.yaml] [--flag value ...]`.
+
+The whole run, read top to bottom: config, data, model, optimizer, loop. Bare, it trains a small model with registers
+on the handwritten digits that scikit-learn ships, and leaves a model repository in `runs/digits`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import tqdm as main_process_tqdm
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import AutoConfig, AutoImageProcessor, pipeline
+
+from hf_vitreg import ViTRegConfig, ViTRegForImageClassification
+from hf_vitreg.data.collate import collate, mixing
+from hf_vitreg.data.datasets import IGNORED_LABEL, LabelledImages, PreparedImages, load_labelled_images, read_image
+from hf_vitreg.data.transforms import eval_transform, new_image_processor, resized_image_processor, train_transform
+from hf_vitreg.distributed import derived_seed, share_cores
+from hf_vitreg.hub.card import CardFacts, render_card
+from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
+from hf_vitreg.metrics.accuracy import Accuracy
+from hf_vitreg.recipe import FinetuneRecipe, ModelOptions, parse_recipe, recipe_yaml
+from hf_vitreg.training.checkpoint import Checkpoints, RunState
+from hf_vitreg.training.metrics import MetricsLog, describe_machine, plot_curves
+from hf_vitreg.training.optim import adamw, set_learning_rate
+from hf_vitreg.training.schedules import warmup_cosine
+
+
+logger = logging.getLogger("finetune")
+console = Console(stderr=True, highlight=False)
+
+NEW_MODEL_IMAGE_SIZE = 32
+NEW_MODEL_ONLY = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens")
+PREDICTIONS_SHOWN = 10
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """One run. Returns the validation metrics of the model that it wrote."""
+
+    # ------------------------------------------------------------------------------------------------------- config
+    recipe = parse_recipe(FinetuneRecipe, arguments, prog="finetune.py")
+    output_dir = Path(recipe.output_dir or f"runs/{default_run_name(recipe)}")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+        log_with=available_trackers(recipe.report_to),
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    if accelerator.device.type == "cpu":
+        share_cores(accelerator.num_processes)
+    checkpoints = Checkpoints(output_dir / "checkpoints", accelerator, recipe.save_total_limit)
+    check_output_dir(output_dir, recipe, checkpoints)
+    if recipe.push_to_hub and accelerator.is_main_process:
+        check_can_publish(recipe.hub_model_id)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    set_seed(recipe.seed)
+
+    # --------------------------------------------------------------------------------------------------------- data
+    with accelerator.main_process_first():
+        images = load_labelled_images(recipe, recipe.seed)
+    processor = build_processor(recipe)
+    train_images = PreparedImages(
+        images.train, train_transform(processor, recipe), recipe.seed, recipe.on_bad_image, replace_bad=True
+    )
+    validation_images = PreparedImages(
+        images.validation, eval_transform(processor), recipe.seed, recipe.on_bad_image, replace_bad=False
+    )
+    workers = {"num_workers": recipe.dataloader_num_workers, "collate_fn": collate}
+    train_loader = torch.utils.data.DataLoader(
+        train_images, batch_size=recipe.per_device_train_batch_size, shuffle=True, **workers
+    )
+    validation_loader = torch.utils.data.DataLoader(
+        validation_images, batch_size=recipe.per_device_eval_batch_size, **workers
+    )
+    mix = mixing(recipe, len(images.class_names))
+
+    # -------------------------------------------------------------------------------------------------------- model
+    model = build_model(recipe, images.class_names, processor)
+    if recipe.freeze_backbone:
+        model.vitreg.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+    optimizer = adamw(model, model.config.num_hidden_layers, recipe)
+    model, optimizer, train_loader, validation_loader = accelerator.prepare(
+        model, optimizer, train_loader, validation_loader
+    )
+    bare_model = accelerator.unwrap_model(model)
+    ema = None
+    if recipe.ema_decay:
+        ema = AveragedModel(bare_model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+    steps_per_epoch = math.ceil(len(train_loader) / recipe.gradient_accumulation_steps)
+    total_steps = recipe.max_steps or recipe.num_train_epochs * steps_per_epoch
+    warmup_steps = round(recipe.warmup_ratio * total_steps)
+    eval_steps, save_steps = recipe.eval_steps or steps_per_epoch, recipe.save_steps or steps_per_epoch
+
+    # --------------------------------------------------------------------------------------------------------- loop
+    state = RunState()
+    log = MetricsLog(output_dir / "metrics.jsonl")
+    if recipe.resume_from_checkpoint:
+        state = checkpoints.load(checkpoints.find(recipe.resume_from_checkpoint), recipe, ema)
+        accelerator.print(f"Resumed at step {state.step} of {total_steps}.")
+    if accelerator.is_main_process:
+        log.rewind(state.step)
+    accelerator.init_trackers("finetune", config=tracked(recipe))
+    started = time.perf_counter() - state.seconds
+    losses = []
+    progress = main_process_tqdm(total=total_steps, initial=state.step, desc="fine-tuning", unit="step", leave=False)
+
+    while state.step < total_steps:
+        epoch = state.step // steps_per_epoch
+        train_loader.set_epoch(epoch)
+        batches_done = state.step % steps_per_epoch * recipe.gradient_accumulation_steps
+        model.train()
+        if recipe.freeze_backbone:
+            bare_model.vitreg.eval()  # no stochastic depth in features that nobody adapts
+        for batch_index, batch in enumerate(
+            accelerator.skip_first_batches(train_loader, batches_done), start=batches_done
+        ):
+            # Mixing, dropout and stochastic depth of a step depend on nothing but the step: a resumed run repeats it.
+            torch.manual_seed(derived_seed(recipe.seed, epoch, batch_index, accelerator.process_index))
+            pixel_values, targets = mix(batch["pixel_values"], batch["labels"])
+            set_learning_rate(
+                optimizer,
+                warmup_cosine(
+                    state.step + 1,
+                    total_steps,
+                    warmup_steps,
+                    start=0.0,
+                    peak=recipe.learning_rate,
+                    end=recipe.learning_rate * recipe.min_learning_rate_ratio,
+                ),
+            )
+            with accelerator.accumulate(model):
+                logits = model(pixel_values=pixel_values).logits
+                loss = functional.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing_factor)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and recipe.max_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+
+            state.step += 1
+            state.seconds = time.perf_counter() - started
+            if ema is not None:
+                ema.update_parameters(bare_model)
+            progress.update()
+            is_last = state.step == total_steps
+            evaluates = state.step % eval_steps == 0 or is_last
+            saves = state.step % save_steps == 0 or is_last
+            if state.step % recipe.logging_steps == 0 or evaluates or saves:
+                train_loss = mean_loss(accelerator, losses, state.step, recipe.gradient_accumulation_steps)
+                losses.clear()
+                learning_rate = max(group["lr"] for group in optimizer.param_groups)
+                progress.set_postfix(loss=f"{train_loss:.3f}", accuracy=f"{max(state.best_accuracy, 0):.3f}")
+                record(accelerator, log, state.step, train_loss=train_loss, learning_rate=learning_rate)
+            if evaluates:
+                evaluated = model if ema is None else ema.module
+                metrics = evaluate(evaluated, validation_loader, accelerator)
+                model.train()
+                if recipe.freeze_backbone:
+                    bare_model.vitreg.eval()
+                record(accelerator, log, state.step, **metrics)
+                if metrics["validation_accuracy"] > state.best_accuracy:
+                    state.best_accuracy, state.best_step = metrics["validation_accuracy"], state.step
+                    saves = True
+            if saves:
+                checkpoints.save(state, recipe, ema)
+            if is_last:
+                break
+    progress.close()
+
+    # ------------------------------------------------------------------------------------------------------- export
+    checkpoints.load(checkpoints.best(state), recipe, ema)
+    best_model = bare_model if ema is None else ema.module
+    metrics = evaluate(best_model, validation_loader, accelerator)
+    if accelerator.is_main_process:
+        plot_curves(log.read(), output_dir / "curves.png", title=f"{images.display_name}: fine-tuning")
+        facts = card_facts(recipe, images, metrics, state, arguments, accelerator)
+        card = render_card(best_model.config, facts, best_model.num_parameters())
+        write_model_repository(output_dir, best_model, processor, card, {"recipe.yaml": recipe_yaml(recipe)})
+        console.print(f"[bold]{output_dir}[/bold]: validation accuracy {metrics['validation_accuracy']:.4f}")
+        show_predictions(output_dir, images)
+        if recipe.push_to_hub:
+            console.print("Published:", publish(output_dir, recipe.hub_model_id, private=recipe.hub_private))
+    accelerator.end_training()
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def default_run_name(recipe: FinetuneRecipe) -> str:
+    """The name of the data: of its folder, of the folder of its file, or of the dataset."""
+    if recipe.train_dir:
+        return Path(recipe.train_dir).resolve().name
+    if recipe.train_file:
+        return Path(recipe.train_file).resolve().parent.name
+    return recipe.dataset_name.split("/")[-1]
+
+
+def available_trackers(report_to: str) -> list[str]:
+    """The trackers of `--report_to`. Raises `ValueError` for one that is not installed or not known."""
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    available = [tracker.value for tracker in get_available_trackers()]
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ValueError(
+            f"--report_to {','.join(missing)} is not known or not installed. Installed trackers: "
+            f"{', '.join(available) or 'none'}."
+        )
+    return names
+
+
+def check_output_dir(output_dir: Path, recipe: FinetuneRecipe, checkpoints: Checkpoints) -> None:
+    """Raises `ValueError` where a new run would mix with one that is there."""
+    if recipe.resume_from_checkpoint:
+        checkpoints.find(recipe.resume_from_checkpoint)
+    elif checkpoints.all() and not recipe.overwrite_output_dir:
+        raise ValueError(
+            f"{output_dir} holds a run with checkpoints. Go on with --resume_from_checkpoint latest, start anew with "
+            "--overwrite_output_dir, or choose another --output_dir."
+        )
+    elif checkpoints.accelerator.is_main_process:
+        checkpoints.clear()
+
+
+def build_processor(recipe: FinetuneRecipe):
+    """The checkpoint's image processor, for another size where one is asked for, or a new one."""
+    if recipe.model_name_or_path is None:
+        return new_image_processor(recipe.image_size or NEW_MODEL_IMAGE_SIZE)
+    try:
+        processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path, revision=recipe.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{recipe.model_name_or_path} has no image processor that loads: {error}") from error
+    return resized_image_processor(processor, recipe.image_size) if recipe.image_size else processor
+
+
+def build_model(recipe: FinetuneRecipe, class_names: list[str], processor) -> ViTRegForImageClassification:
+    """A new model of the recipe's sizes, or its checkpoint with a head for these classes.
+
+    Raises:
+        ValueError: for a checkpoint that is no ViTReg, damaged or incomplete, or has another number of classes.
+    """
+    labels = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: label for label, name in enumerate(class_names)},
+    }
+    options = {"drop_path_rate": recipe.drop_path_rate, "attn_implementation": recipe.attn_implementation, **labels}
+    if recipe.classifier_layout:
+        options["classifier_layout"] = recipe.classifier_layout
+    if recipe.model_name_or_path is None:
+        sizes = {name: getattr(recipe, name) for name in NEW_MODEL_ONLY}
+        config = ViTRegConfig(image_size=processor.crop_size["height"], **sizes, **options)
+        return ViTRegForImageClassification(config)
+    return load_checkpoint(recipe, options)
+
+
+def load_checkpoint(recipe: FinetuneRecipe, options: dict) -> ViTRegForImageClassification:
+    """The checkpoint of the recipe; only its classifier may be new."""
+    path = recipe.model_name_or_path
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelOptions)}
+    changed = [name for name in NEW_MODEL_ONLY if getattr(recipe, name) != defaults[name]]
+    if changed:
+        raise ValueError(f"--{', --'.join(changed)} belong to a new model, but --model_name_or_path {path} was given.")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=recipe.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model_name_or_path {path} is no model folder and no repository that loads: {error}"
+        ) from error
+    if not isinstance(config, ViTRegConfig):
+        raise ValueError(
+            f"{path} is a {config.model_type}, not a vitreg: convert it with conversion/convert.py first."
+        )
+    num_labels = len(options["id2label"])
+    has_classifier = any("ForImageClassification" in name for name in config.architectures or ())
+    if has_classifier and config.num_labels != num_labels and not recipe.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{path} has {config.num_labels} classes, the data {num_labels}. Give --ignore_mismatched_sizes to train "
+            "a new classifier."
+        )
+    try:
+        model, report = ViTRegForImageClassification.from_pretrained(
+            path,
+            revision=recipe.revision,
+            ignore_mismatched_sizes=recipe.ignore_mismatched_sizes,
+            output_loading_info=True,
+            dtype=torch.float32,
+            **options,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
+    if missing or report["unexpected_keys"]:
+        raise ValueError(
+            f"{path} is incomplete or foreign. Missing: {missing}; unexpected: {report['unexpected_keys']}."
+        )
+    return model
+
+
+def mean_loss(accelerator: Accelerator, losses: list[torch.Tensor], step: int, batches_per_step: int) -> float:
+    """Mean over the batches since the last call, and over all processes.
+
+    Raises:
+        TrainingDiverged: naming the first step whose loss is not finite. Called before every save, so that no
+            checkpoint holds what came after it.
+    """
+    values = accelerator.reduce(torch.stack(losses).float(), reduction="mean")
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        first = step - (len(losses) - 1 - bad[0].item()) // batches_per_step
+        raise TrainingDiverged(
+            f"The loss of step {first} is {values[bad[0]].item()}. Lower --learning_rate or raise --warmup_ratio, and "
+            "resume from the last checkpoint, which is from before."
+        )
+    return values.mean().item()
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[str, float]:
+    """Accuracy and cross-entropy over the validation images, each counted once whatever the number of processes."""
+    model.eval()
+    accuracy = Accuracy(keep_in_memory=True)
+    total_loss = 0.0
+    num_images = 0
+    for batch in main_process_tqdm(loader, desc="validating", unit="batch", leave=False):
+        with accelerator.autocast():
+            logits = model(pixel_values=batch["pixel_values"]).logits.float()
+        losses = functional.cross_entropy(logits, batch["labels"], reduction="none", ignore_index=IGNORED_LABEL)
+        predictions, labels, losses = accelerator.gather_for_metrics((logits.argmax(dim=-1), batch["labels"], losses))
+        accuracy.add_batch(predictions=predictions.cpu(), references=labels.cpu())
+        total_loss += losses.sum().item()
+        num_images += (labels != IGNORED_LABEL).sum().item()
+    return {"validation_accuracy": accuracy.compute()["accuracy"], "validation_loss": total_loss / num_images}
+
+
+def record(accelerator: Accelerator, log: MetricsLog, step: int, **metrics: float) -> None:
+    """To the JSON lines and to the trackers."""
+    if accelerator.is_main_process:
+        log.write(step, **metrics)
+    accelerator.log(metrics, step=step)
+
+
+def tracked(recipe: FinetuneRecipe) -> dict:
+    """The recipe in the types that every tracker takes."""
+    return {name: "" if value is None else value for name, value in dataclasses.asdict(recipe).items()}
+
+
+def card_facts(
+    recipe: FinetuneRecipe,
+    images: LabelledImages,
+    metrics: dict[str, float],
+    state: RunState,
+    arguments: Sequence[str] | None,
+    accelerator: Accelerator,
+) -> CardFacts:
+    """What this run measured and was told."""
+    path = recipe.model_name_or_path
+    flags = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    return CardFacts(
+        name=recipe.hub_model_id or f"ViTReg fine-tuned on {images.display_name}",
+        license=recipe.license,
+        base_model=path if path and not Path(path).exists() else None,
+        datasets=(images.hub_id,) if images.hub_id else (),
+        dataset_name=images.display_name,
+        dataset_type=images.builder,
+        dataset_split="validation",
+        num_train_images=len(images.train),
+        num_validation_images=len(images.validation),
+        metrics={"accuracy": metrics["validation_accuracy"], "loss": metrics["validation_loss"]},
+        recipe=dataclasses.asdict(recipe),
+        command=f"accelerate launch finetune.py {flags}".strip(),
+        machine=describe_machine(accelerator.device),
+        seconds=state.seconds,
+        curves="curves.png",
+    )
+
+
+def show_predictions(folder: Path, images: LabelledImages) -> None:
+    """Reloads what was written as a user would, and prints predictions beside the true labels."""
+    classifier = pipeline("image-classification", model=str(folder), device="cpu")
+    table = Table(
+        "image", "true label", "predicted", "probability", title=f'pipeline("image-classification", "{folder}")'
+    )
+    for index, row in zip(range(PREDICTIONS_SHOWN), images.validation):
+        with contextlib.suppress(OSError):
+            best = classifier(read_image(row["image"]), top_k=1)[0]
+            true_name = images.class_names[row["label"]]
+            mark = "" if best["label"] == true_name else " [red]x[/red]"
+            table.add_row(str(index), true_name, best["label"] + mark, f"{best['score']:.3f}")
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def errors_for_people() -> Iterator[None]:
+    """What a user can mend, in a sentence and not a traceback."""
+    try:
+        yield
+    except (ValueError, TrainingDiverged) as error:
+        console.print(f"[bold red]Error:[/bold red] {error}", markup=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("Interrupted. Go on from the last checkpoint with --resume_from_checkpoint latest.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    with errors_for_people():
+        main()

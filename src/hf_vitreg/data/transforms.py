@@ -1,0 +1,60 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""From a decoded image to the model's input: the image processor, and the random augmentation of training."""
+
+from collections.abc import Callable
+
+import PIL.Image
+import torch
+from torchvision.transforms import v2
+from transformers import BitImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..recipe import AugmentationOptions
+
+
+def new_image_processor(image_size: int) -> BitImageProcessor:
+    """Resizes the shorter edge to `image_size` pixels, crops the centre, normalizes with ImageNet's statistics."""
+    return BitImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        resample=PIL.Image.Resampling.BICUBIC,
+        image_mean=list(IMAGENET_DEFAULT_MEAN),
+        image_std=list(IMAGENET_DEFAULT_STD),
+        do_convert_rgb=True,
+    )
+
+
+def resized_image_processor(processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
+    """The same processor for another crop size, its shorter edge in the same proportion to the crop."""
+    ratio = processor.size["shortest_edge"] / processor.crop_size["height"]
+    settings = {
+        **processor.to_dict(),
+        "size": {"shortest_edge": round(image_size * ratio)},
+        "crop_size": {"height": image_size, "width": image_size},
+    }
+    return type(processor).from_dict(settings)
+
+
+def eval_transform(processor: BaseImageProcessor) -> Callable[[PIL.Image.Image], torch.Tensor]:
+    """What the pipeline does to an image: `PIL.Image -> (num_channels, height, width)`."""
+    return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def train_transform(
+    processor: BaseImageProcessor, options: AugmentationOptions
+) -> Callable[[PIL.Image.Image], torch.Tensor]:
+    """Random crop, flip and RandAugment, then the processor's normalization: `PIL.Image -> (3, height, width)`."""
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    scale = (options.random_crop_min_scale, 1.0)
+    steps = [
+        v2.ToImage(),
+        v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+    ]
+    if options.horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(options.horizontal_flip))
+    if options.rand_augment_num_ops:
+        steps.append(v2.RandAugment(options.rand_augment_num_ops, options.rand_augment_magnitude))
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]
+    return v2.Compose([*steps, v2.ToPureTensor()])

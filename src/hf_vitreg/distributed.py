@@ -1,0 +1,29 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""What several processes need, and one does not notice; and randomness that a restarted process finds again."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+
+def derived_seed(*keys: int) -> int:
+    """A seed for this combination of seed, epoch, step, rank or image, independent of those of all others."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits
+
+
+@contextlib.contextmanager
+def forked_rng(seed: int) -> Iterator[None]:
+    """Seeds torch's CPU generator for a block, and puts it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def share_cores(num_local_processes: int) -> None:
+    """Gives each process on this machine its share of the cores. `accelerate launch` leaves it one on a CPU."""
+    torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // num_local_processes))

@@ -1,0 +1,149 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""Checkpoints of a run: written aside and renamed, so that each one that exists is whole."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import yaml
+from accelerate import Accelerator
+
+from ..recipe import save_recipe
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "run_state.json"
+RECIPE_FILE = "recipe.yaml"
+EMA_FILE = "ema.safetensors"
+# a run may be continued longer, elsewhere or reporting differently, and stay the same run
+FREE_TO_CHANGE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+    "license",
+    "dataloader_num_workers",
+}
+
+
+@dataclasses.dataclass
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        best_accuracy: Best validation accuracy so far, -1 before the first evaluation.
+        best_step: Its step.
+        seconds: Time spent in earlier processes of this run.
+    """
+
+    step: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one run, `folder/step-00000123`: the last few and the one with the best accuracy.
+
+    Each holds what `Accelerator.save_state` writes, the moving average, the run's state and the recipe.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, limit: int):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.limit = limit
+
+    def save(self, state: RunState, recipe, ema: torch.nn.Module | None) -> None:
+        """Collective. A process killed at any moment leaves the checkpoints that were there, and no half one."""
+        final = self.folder / f"step-{state.step:08d}"
+        partial = self.folder / f".{final.name}.partial"
+        if final.exists():
+            return
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(partial)
+        if self.accelerator.is_main_process:
+            if ema is not None:
+                safetensors.torch.save_file(ema.state_dict(), partial / EMA_FILE)
+            save_recipe(recipe, partial / RECIPE_FILE)
+            (partial / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state)))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            os.replace(partial, final)
+            self._prune(state)
+        self.accelerator.wait_for_everyone()
+
+    def _prune(self, state: RunState) -> None:
+        """Removes all but the last `limit` and the best."""
+        for path in self.all()[: -self.limit]:
+            if path != self.best(state):
+                shutil.rmtree(path)
+
+    def best(self, state: RunState) -> Path:
+        """The checkpoint with the best accuracy."""
+        return self.folder / f"step-{state.best_step:08d}"
+
+    def all(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if (path / STATE_FILE).is_file())
+
+    def clear(self) -> None:
+        """Removes all, for a run that starts anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def find(self, name: str) -> Path:
+        """The checkpoint that `--resume_from_checkpoint` names: `latest`, or a folder.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        if name == "latest":
+            if not self.all():
+                raise ValueError(f"There is no checkpoint in {self.folder} to resume from.")
+            return self.all()[-1]
+        if not (Path(name) / STATE_FILE).is_file():
+            known = ", ".join(str(path) for path in self.all()) or "none"
+            raise ValueError(f"{name} is no checkpoint of a run. Checkpoints in {self.folder}: {known}.")
+        return Path(name)
+
+    def load(self, path: Path, recipe, ema: torch.nn.Module | None) -> RunState:
+        """Collective. Restores model, optimizer, random states and moving average.
+
+        Raises:
+            ValueError: where the checkpoint belongs to another recipe, or is damaged.
+        """
+        _require_same_recipe(yaml.safe_load((path / RECIPE_FILE).read_text()), dataclasses.asdict(recipe), path)
+        try:
+            self.accelerator.load_state(path)
+            if ema is not None:
+                ema.load_state_dict(safetensors.torch.load_file(path / EMA_FILE))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"The checkpoint {path} cannot be loaded: {error}. Resume from another one.") from error
+        return RunState(**json.loads((path / STATE_FILE).read_text()))
+
+
+def _require_same_recipe(saved: dict, given: dict, path: Path) -> None:
+    changed = {name for name in given if name not in FREE_TO_CHANGE and saved.get(name) != given[name]}
+    if changed:
+        differences = "; ".join(f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in sorted(changed))
+        raise ValueError(
+            f"{path} belongs to a run with another recipe: {differences}. Give the same flags (--config "
+            f"{path / RECIPE_FILE}), or start a new run."
+        )

@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from accelerate.utils import tqdm as main_process_tqdm
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -33,7 +34,7 @@ from hf_vitreg.data.collate import collate, mixing
 from hf_vitreg.data.datasets import IGNORED_LABEL, LabelledImages, PreparedImages, load_labelled_images, read_image
 from hf_vitreg.data.transforms import eval_transform, new_image_processor, resized_image_processor, train_transform
 from hf_vitreg.distributed import derived_seed, share_cores
-from hf_vitreg.hub.card import CardFacts, render_card
+from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
 from hf_vitreg.metrics.accuracy import Accuracy
 from hf_vitreg.recipe import FinetuneRecipe, ModelOptions, parse_recipe, recipe_yaml
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
-        log_with=available_trackers(recipe.report_to),
+        log_with=available_trackers(recipe.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     if accelerator.device.type == "cpu":
@@ -203,8 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         plot_curves(log.read(), output_dir / "curves.png", title=f"{images.display_name}: fine-tuning")
         facts = card_facts(recipe, images, metrics, state, arguments, accelerator)
-        card = render_card(best_model.config, facts, best_model.num_parameters())
-        write_model_repository(output_dir, best_model, processor, card, {"recipe.yaml": recipe_yaml(recipe)})
+        write_model_repository(output_dir, best_model, processor, facts, {"recipe.yaml": recipe_yaml(recipe)})
         console.print(f"[bold]{output_dir}[/bold]: validation accuracy {metrics['validation_accuracy']:.4f}")
         show_predictions(output_dir, images)
         if recipe.push_to_hub:
@@ -424,10 +424,12 @@ def errors_for_people() -> Iterator[None]:
     try:
         yield
     except (ValueError, TrainingDiverged) as error:
-        console.print(f"[bold red]Error:[/bold red] {error}", markup=True)
+        console.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("Interrupted. Go on from the last checkpoint with --resume_from_checkpoint latest.")
+        console.print(
+            "Interrupted. Go on from the last checkpoint with --resume_from_checkpoint latest.", soft_wrap=True
+        )
         sys.exit(130)
 
 

@@ -85,9 +85,9 @@ class ModelOptions:
     model_name_or_path: str | None = None
     revision: str | None = None
     hidden_size: int = 96
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 4
     num_attention_heads: int = 3
-    patch_size: int = 4
+    patch_size: int = 8
     num_register_tokens: int = 4
     image_size: int | None = None
     classifier_layout: Literal["cls", "cls_mean", "last4_cls_mean"] | None = None
@@ -112,7 +112,7 @@ class AugmentationOptions:
         label_smoothing_factor: Share of the target spread over all classes.
     """
 
-    random_crop_min_scale: float = 0.7
+    random_crop_min_scale: float = 0.8
     horizontal_flip: float = 0.0
     rand_augment_num_ops: int = 0
     rand_augment_magnitude: int = 9
@@ -139,7 +139,7 @@ class OptimizerOptions:
         gradient_accumulation_steps: Batches whose gradients make one step.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.05
     decay_tokens: bool = False
     layer_decay: float = 1.0
@@ -179,9 +179,9 @@ class RunOptions:
 
     output_dir: str | None = None
     overwrite_output_dir: bool = False
-    num_train_epochs: int = 40
+    num_train_epochs: int = 25
     max_steps: int | None = None
-    per_device_train_batch_size: int = 64
+    per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 128
     eval_steps: int | None = None
     save_steps: int | None = None
@@ -243,7 +243,7 @@ def parse_recipe(
         ValueError: for an unknown flag or key (the nearest known one is named), a value of a wrong type, a recipe file
             that does not exist.
     """
-    parser = ArgumentParser(prog=prog, description=recipe_class.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=recipe_class.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML recipe; flags override it.")
     for group in recipe_class.__bases__:
         parser.add_class_arguments(group)

@@ -173,7 +173,9 @@ def _same_labels(train: datasets.Dataset, validation: datasets.Dataset) -> datas
             f"{sorted(set(train_names) - set(validation_names))}; only in validation: "
             f"{sorted(set(validation_names) - set(train_names))}. Rename the folders or labels so that they agree."
         )
-    return validation if train_names == validation_names else validation.cast_column("label", train.features["label"])
+    # cast_column would keep the numbers and change what they mean
+    labels = [train_names.index(validation_names[label]) for label in validation["label"]]
+    return validation.remove_columns("label").add_column("label", labels, feature=train.features["label"])
 
 
 def _limited(dataset: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:

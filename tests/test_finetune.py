@@ -1,0 +1,379 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""finetune.py in process on its debug recipe: what a run leaves, how it goes on, what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import ModelCard
+from sample_images import write_folder, write_parquet
+from transformers import AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model, pipeline
+
+import finetune
+from hf_vitreg import ViTRegForImageClassification, ViTRegModel
+from hf_vitreg.data.transforms import new_image_processor
+from hf_vitreg.training.checkpoint import Checkpoints
+
+
+ROOT = Path(finetune.__file__).parent
+DEBUG = str(ROOT / "recipes/debug/finetune.yaml")
+REPOSITORY = {
+    "README.md",
+    "config.json",
+    "configuration_vitreg.py",
+    "curves.png",
+    "metrics.jsonl",
+    "model.safetensors",
+    "modeling_vitreg.py",
+    "preprocessor_config.json",
+    "recipe.yaml",
+}
+
+
+def one_thread(num_local_processes):
+    """Sums have one order, and threads do not wait for each other where the tensors are tiny."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator_and_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(finetune, "share_cores", one_thread)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run(output_dir, *arguments, **flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    named = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return finetune.main(["--config", DEBUG, "--output_dir", str(output_dir), *map(str, arguments), *named])
+
+
+def weights(output_dir):
+    return safetensors.torch.load_file(Path(output_dir) / "model.safetensors")
+
+
+def assert_equal_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run of the debug recipe, which uses every part of the loop."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(finetune, "share_cores", one_thread)
+        result = run(output_dir)
+    return output_dir, result
+
+
+def test_a_run_leaves_a_complete_model_repository(finished):
+    output_dir, result = finished
+    assert {path.name for path in output_dir.iterdir()} >= REPOSITORY
+    config = json.loads((output_dir / "config.json").read_text())
+    assert config["architectures"] == ["ViTRegForImageClassification"] and config["num_register_tokens"] == 3
+    assert set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageClassification",
+        "AutoBackbone",
+    }
+    assert config["id2label"] == {str(digit): str(digit) for digit in range(10)}
+    assert yaml.safe_load((output_dir / "recipe.yaml").read_text())["ema_decay"] == 0.9
+    measured = {
+        entry.metric_type: entry.metric_value for entry in ModelCard.load(output_dir / "README.md").data.eval_results
+    }
+    assert measured["accuracy"] == pytest.approx(result["validation_accuracy"], abs=1e-4)
+    with PIL.Image.open(output_dir / "curves.png") as image:
+        assert image.width > 500
+
+
+def test_metrics_are_of_every_step_and_both_kinds(finished):
+    output_dir, result = finished
+    records = metrics(output_dir)
+    assert [record["step"] for record in records if "train_loss" in record] == list(range(1, 9))
+    validations = [record for record in records if "validation_accuracy" in record]
+    assert [record["step"] for record in validations] == [4, 8]
+    assert max(record["validation_accuracy"] for record in validations) == result["validation_accuracy"]
+
+
+def test_what_was_written_loads_and_repeats_what_was_measured(finished):
+    output_dir, result = finished
+    assert AutoModel.from_pretrained(output_dir).config.num_register_tokens == 3
+    images = finetune.load_labelled_images(finetune.parse_recipe(finetune.FinetuneRecipe, ["--config", DEBUG]), seed=0)
+    classifier = pipeline("image-classification", model=str(output_dir), device="cpu")
+    predicted = [classifier(finetune.read_image(row["image"]), top_k=1)[0]["label"] for row in images.validation]
+    correct = [int(label) == row["label"] for label, row in zip(predicted, images.validation)]
+    assert sum(correct) / len(correct) == pytest.approx(result["validation_accuracy"])
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(finished):
+    output_dir, _ = finished
+    names = {path.name for path in (output_dir / "checkpoints").iterdir()}
+    best = max(metrics(output_dir), key=lambda record: record.get("validation_accuracy", -1))
+    assert names == {"step-00000006", "step-00000008", f"step-{best['step']:08d}"}
+
+
+class Killed(BaseException):
+    """Stands for what no code can catch."""
+
+
+@pytest.mark.parametrize("killed_at", [3, 6])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path, monkeypatch, killed_at):
+    """Mid-epoch and past its end, with mixing, stochastic depth, accumulation, moving average and layer decay."""
+    original = finetune.mean_loss
+
+    def killing(accelerator, losses, step, batches_per_step):
+        if step == killed_at:
+            raise Killed
+        return original(accelerator, losses, step, batches_per_step)
+
+    monkeypatch.setattr(finetune, "mean_loss", killing)
+    with pytest.raises(Killed):
+        run(tmp_path / "run")
+    monkeypatch.setattr(finetune, "mean_loss", original)
+    run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert_equal_weights(finished[0], tmp_path / "run")
+    assert metrics(finished[0]) == metrics(tmp_path / "run")
+
+
+KILL_WHILE_SAVING = """
+import os, signal, sys
+import accelerate, finetune, torch
+
+finetune.share_cores = lambda num_local_processes: torch.set_num_threads(1)
+save_state, saves = accelerate.Accelerator.save_state, []
+
+def killed_in_the_second(self, folder):
+    saves.append(folder)
+    save_state(self, folder)
+    if len(saves) == 2:
+        os.remove(folder / "optimizer.bin")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+accelerate.Accelerator.save_state = killed_in_the_second
+finetune.main(sys.argv[1:])
+"""
+
+
+def client_environment(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    return {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
+
+
+def test_kill_9_during_a_save_leaves_the_checkpoint_before(finished, tmp_path):
+    command = [sys.executable, "-c", KILL_WHILE_SAVING, "--config", DEBUG, "--output_dir", str(tmp_path / "run")]
+    killed = subprocess.run(command, env=client_environment(tmp_path), cwd=tmp_path, capture_output=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"step-00000002", ".step-00000004.partial"}
+    run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert_equal_weights(finished[0], tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_two_processes_train_together(tmp_path):
+    """Through torchrun, since `accelerate launch --cpu --num_processes 2` starts one process."""
+    script = [str(ROOT / "finetune.py"), "--config", DEBUG, "--output_dir", str(tmp_path / "run"), "--max_steps", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, *script], env=client_environment(tmp_path), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    # 30 validation images over two processes and batches of 11, each counted once
+    accuracies = [
+        record["validation_accuracy"] for record in metrics(tmp_path / "run") if "validation_accuracy" in record
+    ]
+    assert all(accuracy * 30 == pytest.approx(round(accuracy * 30)) for accuracy in accuracies)
+    model = ViTRegForImageClassification.from_pretrained(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoints" / "step-00000004").glob("random_states_*"))) == 2
+    assert model.config.num_labels == 10
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_code, finetune.errors_for_people():
+        raise KeyboardInterrupt
+    assert exit_code.value.code == 130 and "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_saved(tmp_path, monkeypatch):
+    steps = []
+    original = finetune.set_learning_rate
+
+    def exploding(optimizer, learning_rate):
+        steps.append(learning_rate)
+        original(optimizer, learning_rate if len(steps) <= 6 else float("inf"))  # two batches a step: breaks in step 4
+
+    monkeypatch.setattr(finetune, "set_learning_rate", exploding)
+    with pytest.raises(finetune.TrainingDiverged, match="loss of step 5 is nan"):
+        run(tmp_path / "run", logging_steps=100, save_steps=3, eval_steps=100, max_steps=9)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+    saved = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_run_is_not_mixed_with_one_that_is_there(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        run(tmp_path / "run")
+    with pytest.raises(ValueError, match="learning_rate was"):
+        run(tmp_path / "run", resume_from_checkpoint="latest", learning_rate=0.5)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run(tmp_path / "new", resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="is no checkpoint of a run"):
+        run(tmp_path / "run", resume_from_checkpoint=tmp_path)
+    assert_equal_weights(finished[0], tmp_path / "run")
+    run(tmp_path / "run", "--overwrite_output_dir", max_steps=2)
+    assert max(record["step"] for record in metrics(tmp_path / "run")) == 2
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=rf"{newest.name} cannot be loaded.*another one"):
+        run(tmp_path / "run", resume_from_checkpoint="latest")
+
+
+def test_frozen_backbone_trains_the_classifier_only(finished, tmp_path):
+    run(tmp_path / "run", "--freeze_backbone", "--gradient_checkpointing", ema_decay=0, model_name_or_path=finished[0],
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, num_register_tokens=4, max_steps=2)  # fmt: skip
+    before, after = weights(finished[0]), weights(tmp_path / "run")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def from_checkpoint(tmp_path, checkpoint, *arguments, **flags):
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_register_tokens": 4}  # the defaults
+    return run(
+        tmp_path / "run", *arguments, model_name_or_path=checkpoint, max_steps=1, eval_steps=1, **sizes, **flags
+    )
+
+
+def test_a_folder_of_images_fine_tunes_a_checkpoint_of_other_classes(finished, tmp_path):
+    folder = write_folder(tmp_path / "shades", {"red": 9, "green": 8, "blue": 7})
+    with pytest.raises(ValueError, match=r"has 10 classes, the data 3.*--ignore_mismatched_sizes"):
+        from_checkpoint(tmp_path, finished[0], train_dir=folder)
+    from_checkpoint(tmp_path, finished[0], "--ignore_mismatched_sizes", train_dir=folder, image_size=40)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+    assert json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())["crop_size"]["height"] == 40
+    assert "shades" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_parquet_fine_tunes_a_backbone(finished, tmp_path):
+    ViTRegModel.from_pretrained(finished[0]).save_pretrained(tmp_path / "backbone")
+    new_image_processor(24).save_pretrained(tmp_path / "backbone")
+    path = write_parquet(tmp_path / "train.parquet", ["a", "b", "c"] * 5, datasets.Value("string"))
+    from_checkpoint(tmp_path, tmp_path / "backbone", train_file=path)
+    assert ViTRegForImageClassification.from_pretrained(tmp_path / "run").config.num_labels == 3
+
+
+def test_corrupt_images_are_named_or_skipped(tmp_path):
+    folder = write_folder(tmp_path / "train", {"a": 9, "b": 9})
+    (folder / "a" / "003.png").write_bytes(b"no picture")
+    validation = shutil.copytree(folder, tmp_path / "validation")
+    flags = {"train_dir": folder, "validation_dir": validation, "max_steps": 1, "eval_steps": 1}
+    with pytest.raises(ValueError, match=r"003\.png cannot be read"):
+        run(tmp_path / "run", **flags)
+    result = run(tmp_path / "run", on_bad_image="skip", **flags)
+    accuracy = result["validation_accuracy"] * 17  # of 18
+    assert accuracy == pytest.approx(round(accuracy))
+
+
+def truncated(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def without_a_layer(folder):
+    state = {name: tensor for name, tensor in weights(folder).items() if ".layer.1." not in name}
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncated, "cannot be loaded"),
+        (without_a_layer, "incomplete or foreign.*encoder.layer.1"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
+        (lambda folder: (folder / "config.json").unlink(), "no model folder|image processor"),
+    ],
+)
+def test_a_damaged_model_is_refused(finished, tmp_path, damage, named):
+    broken = tmp_path / "broken"
+    shutil.copytree(finished[0], broken, ignore=shutil.ignore_patterns("checkpoints"))
+    damage(broken)
+    with pytest.raises(ValueError, match=named):
+        from_checkpoint(tmp_path, broken)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_foreign_model_is_refused_with_the_way_to_convert_it(tmp_path):
+    config = Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    new_image_processor(28).save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(ValueError, match=r"is a dinov2, not a vitreg.*conversion/convert\.py"):
+        from_checkpoint(tmp_path, tmp_path / "dinov2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"report_to": "wandbb"}, "wandbb is not known or not installed"),
+        ({"train_dir": "nowhere"}, "no folder nowhere"),
+        ({"model_name_or_path": "nowhere"}, "nowhere"),
+        ({"learning_rat": 1}, "learning_rate"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, named):
+    with pytest.raises(ValueError, match=named):
+        run(tmp_path / "run", **flags)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_sizes_belong_to_new_models(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"--hidden_size.*belong to a new model"):
+        run(tmp_path / "run", model_name_or_path=finished[0])
+
+
+def test_an_error_is_one_sentence_and_no_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "finetune.py"), "--train_dir", "nowhere", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, env=client_environment(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Error: There is no folder nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    run(tmp_path / "run", report_to="tensorboard", max_steps=1, eval_steps=1)
+    assert list((tmp_path / "run" / "logs").rglob("events.*"))
+
+
+def test_checkpoints_that_are_not_whole_are_not_seen(tmp_path):
+    (tmp_path / "step-00000004").mkdir()
+    assert Checkpoints(tmp_path, accelerator=None, limit=2).all() == []

@@ -1,0 +1,42 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+import PIL.Image
+import torch
+
+from hf_vitreg.training.metrics import MetricsLog, describe_machine, plot_curves
+
+
+def test_log_is_read_back_and_rewound(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (2, 4, 6):
+        log.write(step, train_loss=1 / step)
+    log.rewind(4)
+    assert log.read() == [{"step": 2, "train_loss": 0.5}, {"step": 4, "train_loss": 0.25}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(3, train_loss=1.0)
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "train_lo')
+    log.rewind(7)
+    assert log.read() == [{"step": 3, "train_loss": 1.0}]
+
+
+def test_rewinding_no_log_leaves_an_empty_one(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.rewind(0)
+    assert log.read() == []
+
+
+def test_curves_are_a_picture(tmp_path):
+    records = [{"step": 1, "train_loss": 2.0}, {"step": 2, "validation_loss": 1.0, "validation_accuracy": 0.5}]
+    plot_curves(records, tmp_path / "curves.png", title="digits")
+    with PIL.Image.open(tmp_path / "curves.png") as image:
+        assert image.width > image.height > 300
+
+
+def test_machine_is_described_with_its_cores_and_torch():
+    text = describe_machine(torch.device("cpu"))
+    assert "cores of" in text and torch.__version__ in text

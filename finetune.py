@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         share_cores(accelerator.num_processes)
     checkpoints = Checkpoints(output_dir / "checkpoints", accelerator, recipe.save_total_limit)
     check_output_dir(output_dir, recipe, checkpoints)
+    CardFacts(name=output_dir.name, license=recipe.license)  # refuses now what no card could state at the end
     if recipe.push_to_hub and accelerator.is_main_process:
         check_can_publish(recipe.hub_model_id)
     if accelerator.is_main_process:
@@ -423,7 +424,7 @@ def errors_for_people() -> Iterator[None]:
     """What a user can mend, in a sentence and not a traceback."""
     try:
         yield
-    except (ValueError, TrainingDiverged) as error:
+    except (ValueError, OSError, TrainingDiverged) as error:
         console.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

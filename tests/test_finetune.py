@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub, run_client
 from sample_images import write_folder, write_parquet
 from transformers import AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model, pipeline
 
@@ -377,3 +378,27 @@ def test_tensorboard_gets_the_metrics(tmp_path):
 def test_checkpoints_that_are_not_whole_are_not_seen(tmp_path):
     (tmp_path / "step-00000004").mkdir()
     assert Checkpoints(tmp_path, accelerator=None, limit=2).all() == []
+
+
+PUSH = """
+import json, os, sys
+import finetune, torch
+
+finetune.share_cores = lambda num_local_processes: torch.set_num_threads(1)
+finetune.main(json.loads(os.environ["ARGUMENTS"]))
+"""
+
+
+def test_push_to_hub_publishes_the_run(tmp_path):
+    flags = ["--push_to_hub", "--hub_model_id", "org/digits", "--hub_private", "--max_steps", "2"]
+    arguments = ["--config", DEBUG, "--output_dir", str(tmp_path / "run"), *flags]
+    environment = {**client_environment(tmp_path), "ARGUMENTS": json.dumps(arguments)}
+    with LoopbackHub() as hub:
+        refused = run_client(hub, PUSH, tmp_path / "home", **{**environment, "HF_TOKEN": ""}, check=False)
+        assert "hf auth login" in refused.stderr and not (tmp_path / "run" / "checkpoints").exists()
+        run_client(hub, PUSH, tmp_path / "home", **environment)
+        repository = hub.repos["org/digits"]
+        assert repository.private
+        assert {*REPOSITORY, ".gitattributes"} - {"metrics.jsonl"} <= set(repository.files())
+        assert not any(name.startswith("checkpoints") for name in repository.files())
+        assert sum("model.safetensors" in commit.paths for commit in repository.log()) == 1

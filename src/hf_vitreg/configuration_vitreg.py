@@ -113,6 +113,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     return_prefix_tokens: bool = False
 
     def __post_init__(self, **kwargs):
+        # `strict` calls it too, later and when saved, but wraps its ValueError in one of its own
+        self.validate_vitreg()
         if self.intermediate_size is None:
             self.intermediate_size = int(self.hidden_size * self.mlp_ratio)
             if self.use_swiglu_ffn:
@@ -150,7 +152,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         """Nothing to refuse: see `output_attentions`."""
 
     def validate_vitreg(self):
-        """Raises `ValueError` for values that no ViTReg can have, at creation and when saved."""
+        """Raises `ValueError` for values that no ViTReg can have."""
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens must be 0 or more, got {self.num_register_tokens}.")
         if self.register_init_std <= 0:
@@ -158,6 +160,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"register_init_std must be positive, got {self.register_init_std}: registers that start equal stay "
                 "equal. DINOv2 uses 1e-6, DINOv3 0.02."
             )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {self.drop_path_rate}.")
         if min(self.grid_size) < 1:
             raise ValueError(
                 f"image_size {self.image_size} must be at least one patch of {self.patch_size} pixels each way."

@@ -36,7 +36,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import (
+    capture_outputs,
+    maybe_install_capturing_hooks,
+    resolve_hidden_states_indices,
+    selected_hidden_states,
+)
 
 from .configuration_vitreg import ViTRegConfig
 
@@ -142,8 +147,8 @@ class ViTRegEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
-        batch_size, _, height, width = pixel_values.shape
         patches = self._mask(self.patch_embeddings(pixel_values), bool_masked_pos)
+        batch_size, _, height, width = pixel_values.shape
         cls_position, patch_positions = self.interpolated_position_embeddings(
             height // self.patch_size, width // self.patch_size
         )
@@ -157,6 +162,11 @@ class ViTRegEmbeddings(nn.Module):
         if bool_masked_pos is not None and self.mask_token is None:
             raise ValueError("bool_masked_pos needs a mask token: set use_mask_token=True in the config.")
         if bool_masked_pos is not None:
+            if bool_masked_pos.shape != patches.shape[:2]:
+                raise ValueError(
+                    f"bool_masked_pos must have shape {tuple(patches.shape[:2])}, (batch_size, num_patches), got "
+                    f"{tuple(bool_masked_pos.shape)}."
+                )
             mask_token = self.mask_token.to(patches.dtype)
             return torch.where(bool_masked_pos.to(torch.bool).unsqueeze(-1), mask_token, patches)
         if self.mask_token is not None and self.training:
@@ -181,7 +191,8 @@ class ViTRegEmbeddings(nn.Module):
         # CODEPATH: DINOv2 with registers interpolates to a size, DINOv2 without by scale factors
         if offset == 0:
             grid = nn.functional.interpolate(grid, size=(rows, cols), mode="bicubic", antialias=antialias)
-        elif exporting:
+        # antialiasing by scale factors has no such form: its export keeps one size, and torch.export says so
+        elif exporting and not antialias:
             grid = _sample_bicubic(grid, rows, cols, offset)
         else:
             scale = tuple((new + offset) / base for new, base in zip((rows, cols), self.grid_size))
@@ -272,7 +283,8 @@ class ViTRegAttention(nn.Module):
         )
         if not output_attentions:
             weights = None
-        elif weights is None:
+        elif weights is None or weights.ndim != 4:
+            # sdpa and flash return none, flex attention on a GPU the (batch_size, num_heads, tokens) normalizers
             weights = self._weights(query, key)
         return self.o_proj(attention_output.flatten(-2)), weights
 
@@ -495,7 +507,7 @@ class ViTRegModel(ViTRegPreTrainedModel):
         """
         embeddings = self.embeddings(pixel_values, bool_masked_pos)
         # an encoder that returned a tuple, as config.return_dict=False makes it, could not be read by name
-        encoder_outputs = self.encoder(embeddings, **{**kwargs, "return_dict": True})
+        encoder_outputs = self.encoder(embeddings, return_dict=True, **kwargs)
         tokens = self.layernorm(encoder_outputs.last_hidden_state)
         return ViTRegModelOutput(
             last_hidden_state=tokens,
@@ -534,8 +546,10 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Class of each image, 0 to `num_labels - 1`. The loss is computed in float32 whatever the model's dtype.
         """
-        requested = kwargs.pop("output_hidden_states", None) or self.config.output_hidden_states
-        outputs = self.vitreg(pixel_values, output_hidden_states=self._hidden_states_to_keep(requested), **kwargs)
+        requested = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        outputs = self.vitreg(
+            pixel_values, output_hidden_states=self._hidden_states_to_keep(requested), return_dict=True, **kwargs
+        )
         logits = self.classifier(self._features(outputs))
         loss = None
         if labels is not None:
@@ -543,17 +557,27 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states if requested else None,
+            hidden_states=self._hidden_states_to_return(outputs.hidden_states, requested),
             attentions=outputs.attentions,
         )
 
-    def _hidden_states_to_keep(self, requested: bool | int | list[int]) -> bool | list[int]:
+    def _hidden_states_to_keep(self, requested: bool | int | list[int] | None) -> bool | int | list[int] | None:
         """What the caller wants to see, and the layers that the classifier reads."""
         # CODEPATH: DINOv2's 4-layer linear heads
         if self.config.classifier_layout != "last4_cls_mean" or requested is True:
             return requested
-        selected = [requested] if isinstance(requested, int) and requested is not False else requested or []
-        return [*selected, -4, -3, -2, -1]
+        return [*(selected_hidden_states(requested) or []), -4, -3, -2, -1]
+
+    def _hidden_states_to_return(
+        self, hidden_states: tuple[torch.Tensor | None, ...] | None, requested: bool | int | list[int] | None
+    ) -> tuple[torch.Tensor | None, ...] | None:
+        """What the caller wants to see, without the layers that only the classifier reads."""
+        if not requested:
+            return None
+        if (selected := selected_hidden_states(requested)) is None:
+            return hidden_states
+        indices = resolve_hidden_states_indices(self, selected, num_hidden_states=len(hidden_states))
+        return tuple(states if index in indices else None for index, states in enumerate(hidden_states))
 
     def _features(self, outputs: ViTRegModelOutput) -> torch.Tensor:
         """`(batch_size, classifier.in_features)`, all after the final norm."""
@@ -598,7 +622,7 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
         if return_prefix_tokens is None:
             return_prefix_tokens = self.config.return_prefix_tokens
         grid_size = tuple(pixels // self.config.patch_size for pixels in pixel_values.shape[-2:])
-        outputs = self.encoder(self.embeddings(pixel_values), **{**kwargs, "return_dict": True})
+        outputs = self.encoder(self.embeddings(pixel_values), return_dict=True, **kwargs)
         stages = [
             hidden_state
             for stage_name, hidden_state in zip(self.stage_names, outputs.hidden_states)

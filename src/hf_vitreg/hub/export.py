@@ -220,6 +220,8 @@ def _write(folder: Path, model, image_processor, card, state_dict, max_shard_siz
         card = render_card(model.config, card, num_parameters)
     if card is not None:
         card.save(folder / CARD)
+    for path in folder.iterdir():
+        shutil.copymode(folder / CONFIG, path)  # safetensors writes what only its owner may read
 
 
 def _move_in(staging: Path, folder: Path) -> None:

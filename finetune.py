@@ -31,7 +31,14 @@ from transformers import AutoConfig, AutoImageProcessor, pipeline
 
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification
 from hf_vitreg.data.collate import collate, mixing
-from hf_vitreg.data.datasets import IGNORED_LABEL, LabelledImages, PreparedImages, load_labelled_images, read_image
+from hf_vitreg.data.datasets import (
+    IGNORED_LABEL,
+    LabelledImages,
+    PreparedImages,
+    data_name,
+    load_labelled_images,
+    read_image,
+)
 from hf_vitreg.data.transforms import eval_transform, new_image_processor, resized_image_processor, train_transform
 from hf_vitreg.distributed import derived_seed, share_cores
 from hf_vitreg.hub.card import CardFacts
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------------- config
     recipe = parse_recipe(FinetuneRecipe, arguments, prog="finetune.py")
-    output_dir = Path(recipe.output_dir or f"runs/{default_run_name(recipe)}")
+    output_dir = Path(recipe.output_dir or f"runs/{data_name(recipe)}")
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
@@ -215,15 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def default_run_name(recipe: FinetuneRecipe) -> str:
-    """The name of the data: of its folder, of the folder of its file, or of the dataset."""
-    if recipe.train_dir:
-        return Path(recipe.train_dir).resolve().name
-    if recipe.train_file:
-        return Path(recipe.train_file).resolve().parent.name
-    return recipe.dataset_name.split("/")[-1]
 
 
 def available_trackers(report_to: str) -> list[str]:
@@ -410,7 +408,9 @@ def show_predictions(folder: Path, images: LabelledImages) -> None:
     table = Table(
         "image", "true label", "predicted", "probability", title=f'pipeline("image-classification", "{folder}")'
     )
-    for index, row in zip(range(PREDICTIONS_SHOWN), images.validation):
+    num_images = len(images.validation)
+    for index in range(0, num_images, math.ceil(num_images / PREDICTIONS_SHOWN)):
+        row = images.validation[index]
         with contextlib.suppress(OSError):
             best = classifier(read_image(row["image"]), top_k=1)[0]
             true_name = images.class_names[row["label"]]

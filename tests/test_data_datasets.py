@@ -7,7 +7,7 @@ import pytest
 import torch
 from sample_images import colour_image, write_folder, write_parquet
 
-from hf_vitreg.data.datasets import IGNORED_LABEL, PreparedImages, digits, load_labelled_images, read_image
+from hf_vitreg.data.datasets import IGNORED_LABEL, PreparedImages, data_name, digits, load_labelled_images, read_image
 from hf_vitreg.recipe import DataOptions
 
 
@@ -22,6 +22,20 @@ def load(seed=0, **options):
 
 def pixels(encoded):
     return np.asarray(read_image(encoded))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "digits"),
+        ({"dataset_name": "org/birds"}, "birds"),
+        ({"train_dir": "data/flowers/train"}, "flowers"),
+        ({"train_dir": "data/flowers/"}, "flowers"),
+        ({"train_file": "data/birds/train-*.parquet"}, "birds"),
+    ],
+)
+def test_data_has_a_short_name(options, name):
+    assert data_name(DataOptions(**options)) == name
 
 
 def test_digits_are_all_there_and_unchanged():
@@ -51,7 +65,7 @@ def test_folder(tmp_path):
     assert images.class_names == ["ant", "cat"]
     assert images.train["label"] == [0] * 3 + [1] * 5 and images.validation["label"] == [0, 0, 1]
     assert np.array_equal(pixels(images.train[3]["image"]), np.asarray(colour_image(1, 0)))
-    assert (images.display_name, images.builder, images.hub_id) == ("train", "imagefolder", None)
+    assert (images.display_name, images.builder, images.hub_id) == (tmp_path.name, "imagefolder", None)
 
 
 def test_folder_without_validation_holds_out_a_part(tmp_path):

@@ -112,7 +112,8 @@ class ViTRegPatchEmbeddings(nn.Module):
                 f"pixel_values must have shape (batch_size, {self.num_channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}. The number of channels is `num_channels` of the config."
             )
-        # an exported program serves sizes that are not known here
+        # An exported program serves sizes that are not known here. Asking for multiples would refuse all dynamic
+        # dimensions but those declared as such, so the program drops the pixels that fill no patch.
         if torch.compiler.is_exporting():
             return
         for side, pixels in zip(("height", "width"), pixel_values.shape[2:]):

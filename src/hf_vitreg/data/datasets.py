@@ -45,10 +45,10 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
     """
     if options.train_dir:
         train, validation = _folder(options.train_dir), _folder(options.validation_dir)
-        names = {"display_name": Path(options.train_dir).resolve().name, "builder": "imagefolder"}
+        names = {"display_name": data_name(options), "builder": "imagefolder"}
     elif options.train_file:
         train, validation = _parquet(options.train_file, options), _parquet(options.validation_file, options)
-        names = {"display_name": Path(options.train_file).resolve().parent.name, "builder": "parquet"}
+        names = {"display_name": data_name(options), "builder": "parquet"}
     elif options.dataset_name == "digits":
         train, validation = digits(), None
         names = {"display_name": "scikit-learn digits", "builder": "digits"}
@@ -64,6 +64,14 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
         class_names=train.features["label"].names,
         **names,
     )
+
+
+def data_name(options: DataOptions) -> str:
+    """A short name for the data: of its folder (the one above `train`), or of the dataset."""
+    if options.train_dir or options.train_file:
+        path = Path(options.train_dir or options.train_file).resolve()
+        return path.parent.name if options.train_file or path.name in ("train", "training") else path.name
+    return options.dataset_name.split("/")[-1]
 
 
 def digits() -> datasets.Dataset:

@@ -399,6 +399,8 @@ def card_facts(
         machine=describe_machine(accelerator.device),
         seconds=state.seconds,
         curves="curves.png",
+        notes=f"These are the weights of step {state.best_step}, chosen because they were the best on the same "
+        "validation images that are measured above.",
     )
 
 

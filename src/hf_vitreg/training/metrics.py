@@ -71,7 +71,8 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{len(os.sched_getaffinity(0))} cores of {_processor_name()}"
+        num_cores = len(os.sched_getaffinity(0))
+        processor = f"{num_cores} core{'s' * (num_cores > 1)} of {_processor_name()}"
     return f"{processor}, {psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}"
 
 

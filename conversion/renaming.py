@@ -1,0 +1,150 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""From the names of a published checkpoint to those of ViTReg, with an account of every tensor.
+
+A family's rules are a table from an old name to a new one, or to several that share the tensor in equal parts along
+its first dimension:
+
+    {"norm.{param}": "layernorm.{param}", "blocks.{layer}.attn.qkv.{param}": ("…q_proj.{param}", "…", "…")}
+
+`{layer}` and `{chunk}` stand for a number, `{param}` for `weight` or `bias`, and `[…]` may be absent.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from conversion.family import ConversionError
+
+
+PLACEHOLDERS = {"layer": r"\d+", "chunk": r"\d+", "param": "weight|bias"}
+MAX_NAMES_SHOWN = 8
+
+Rules = Mapping[str, str | tuple[str, ...]]
+
+
+@dataclass
+class _Account:
+    """Where every tensor went, and everything that does not add up."""
+
+    filled: dict[str, torch.Tensor] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def fill(self, new: str, part: torch.Tensor, old: str, targets: Mapping[str, torch.Size]):
+        if new not in targets:
+            self.unknown.append(old)
+        elif new in self.origin:
+            self.twice.append(f"{old} and {self.origin[new]}")
+        elif part.shape != targets[new]:
+            self.misfits.append(f"{old} gives {tuple(part.shape)} to {new}, which takes {tuple(targets[new])}")
+        else:
+            self.filled[new] = part
+        self.origin.setdefault(new, old)
+
+    def raise_if_unbalanced(self):
+        categories = {
+            "tensors that the model does not have": self.unknown,
+            "tensors that claim the same place": self.twice,
+            "shapes that do not fit": self.misfits,
+            "tensors that are missing": self.missing,
+        }
+        # a tensor of several parts may be refused once a part
+        categories = {what: list(dict.fromkeys(names)) for what, names in categories.items()}
+        lines = [f"{len(names)} {what}: {shown(names)}" for what, names in categories.items() if names]
+        if lines:
+            raise ConversionError("The checkpoint does not fit the model.\n  " + "\n  ".join(lines))
+
+
+def rename(
+    tensors: Mapping[str, torch.Tensor], rules: Rules, targets: Mapping[str, torch.Size]
+) -> dict[str, torch.Tensor]:
+    """Every tensor under its new name, the split ones as views: nothing is copied.
+
+    Args:
+        tensors: The checkpoint's tensors under their old names.
+        rules: Old name to new name or names, see the top of this file.
+        targets: Name and shape of every tensor of the model.
+
+    Raises:
+        ConversionError: unless every tensor is used exactly once, every target is filled and every shape fits. It
+            names those that are not.
+    """
+    compiled = [(_pattern(old), (new,) if isinstance(new, str) else new) for old, new in rules.items()]
+    account = _Account()
+    for old, tensor in tensors.items():
+        matches = [(match, new) for pattern, new in compiled if (match := pattern.fullmatch(old))]
+        if len(matches) > 1:
+            raise AssertionError(f"{len(matches)} rules claim {old}: a mistake in the family's table.")
+        if not matches:
+            account.unknown.append(old)
+            continue
+        match, new_names = matches[0]
+        for new, part in zip(new_names, _parts(tensor, len(new_names))):
+            account.fill(new.format(**match.groupdict()), part, old, targets)
+    account.missing = [_old_name(name, rules) for name in targets if name not in account.origin]
+    account.raise_if_unbalanced()
+    return account.filled
+
+
+def fill(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping, rules: Rules, head: Mapping
+) -> PreTrainedModel:
+    """A model whose parameters are views of the checkpoint: it has no memory of its own.
+
+    Args:
+        model_class: A model, or a classifier around one.
+        config: Its config.
+        tensors: The backbone's tensors under their old names.
+        rules: Old names to new ones.
+        head: `weight` and `bias` of the classifier; empty where there is none.
+
+    Raises:
+        ConversionError: see `rename`.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    targets = {name: tensor.shape for name, tensor in model.base_model.state_dict().items()}
+    renamed = rename(tensors, rules, targets)
+    model.base_model.load_state_dict({name: _alone(tensor) for name, tensor in renamed.items()}, assign=True)
+    if head:
+        model.classifier.load_state_dict({name: _alone(tensor) for name, tensor in head.items()}, assign=True)
+    return model.eval()
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under a storage of its own: of tensors that share one, `save_pretrained` would make copies."""
+    return torch.from_numpy(tensor.contiguous().view(torch.uint8).numpy()).view(tensor.dtype)
+
+
+def shown(names: list[str]) -> str:
+    """The first few names, and how many more."""
+    more = len(names) - MAX_NAMES_SHOWN
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _pattern(template: str) -> re.Pattern:
+    escaped = re.escape(template).replace(r"\[", "(?:").replace(r"\]", ")?")
+    return re.compile(re.sub(r"\\{(\w+)\\}", lambda found: f"(?P<{found[1]}>{PLACEHOLDERS[found[1]]})", escaped))
+
+
+def _parts(tensor: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
+    """Equal parts along the first dimension. A tensor without stays whole, to be refused as a misfit."""
+    if number == 1 or tensor.ndim == 0 or tensor.shape[0] % number:
+        return (tensor,) * number
+    return tensor.chunk(number)
+
+
+def _old_name(name: str, rules: Rules) -> str:
+    """The name that would have filled this target, in the words of the checkpoint's owner."""
+    for old, new in rules.items():
+        for template in (new,) if isinstance(new, str) else new:
+            if match := _pattern(template).fullmatch(name):
+                return re.sub(r"\[.*?\]", "", old).format(**match.groupdict())
+    return name

@@ -1,0 +1,119 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""A whole folder or none."""
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers.utils import logging
+
+import hf_vitreg
+from conversion.family import ConversionError, Prepared
+from conversion.parity import TOLERANCE, Row
+from conversion.reading import progress_console
+
+
+RECORD = "conversion.json"
+
+
+def check_output_dir(output_dir: Path, overwrite: bool, inputs: list[Path]):
+    """Raises `ConversionError` where the folder cannot be written, or where replacing it would take more with it."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConversionError(f"{output_dir} is a file. Give a folder that does not exist yet.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise ConversionError(f"{output_dir} is not empty. Give another folder, or replace it with --overwrite.")
+    target = output_dir.resolve()
+    for path in (Path.cwd(), *inputs):
+        if path.resolve().is_relative_to(target):
+            raise ConversionError(
+                f"{output_dir} holds {path}, which replacing it would delete. Give a folder of its own."
+            )
+
+
+@contextlib.contextmanager
+def atomic_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder to write in that takes the place of `output_dir` when the block ends, and vanishes when it fails.
+
+    An older `output_dir` stays until then, whole. Interrupts (SIGINT, SIGTERM) are failures too.
+    """
+    target = output_dir.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target: a rename is atomic on one file system only
+    tag = uuid.uuid4().hex
+    partial, old = target.with_name(f".{target.name}.{tag}.partial"), target.with_name(f".{target.name}.{tag}.old")
+    with _sigterm_as_exit():
+        try:
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write(prepared: Prepared, rows: list[Row], output_dir: Path) -> dict:
+    """Model, config, the two Hub files, image processor and the record of the conversion, which is returned."""
+    record = conversion_record(prepared, rows)
+    with atomic_folder(output_dir) as folder, _one_status(f"Writing {output_dir}"):
+        prepared.model.save_pretrained(folder)
+        # safetensors writes for the owner alone
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", weights)
+        prepared.image_processor.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def conversion_record(prepared: Prepared, rows: list[Row]) -> dict:
+    """What was converted, with what, and how well it agrees with the reference."""
+    packages = ("torch", "transformers", "safetensors")
+    return {
+        "sources": prepared.sources,
+        "arch": prepared.arch,
+        "left_aside": prepared.left_aside,
+        "reference": prepared.reference_name,
+        "tolerance": TOLERANCE,
+        "comparisons": [asdict(row) for row in rows],
+        "versions": {"hf_vitreg": hf_vitreg.__version__, **{name: version(name) for name in packages}},
+    }
+
+
+@contextlib.contextmanager
+def _one_status(text: str) -> Iterator[None]:
+    """In place of transformers' own progress bar, which would cross ours."""
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with progress_console.status(text):
+            yield
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Lets a terminated process clean up. Only the main thread receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

@@ -8,13 +8,17 @@ on the handwritten digits that scikit-learn ships, and leaves a model repository
 
 import contextlib
 import dataclasses
-import logging
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+
+# Before torch: its threads otherwise spin while they wait, and one other busy process slows small steps tenfold.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -51,7 +55,6 @@ from hf_vitreg.training.optim import adamw, set_learning_rate
 from hf_vitreg.training.schedules import warmup_cosine
 
 
-logger = logging.getLogger("finetune")
 console = Console(stderr=True, highlight=False)
 
 NEW_MODEL_IMAGE_SIZE = 32

@@ -101,6 +101,12 @@ def dinov2(
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where downloads go. Default: the folder of torch.hub.", show_default=False)
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the weights, for the model card. Default: apache-2.0 for published names, else unknown."
+        ),
+    ] = None,
 ):
     """DINOv2 S, B, L and g, with and without registers: backbones, training checkpoints, linear heads."""
     with _errors_in_one_line():
@@ -114,6 +120,7 @@ def dinov2(
                 interpolate_offset=interpolate_offset,
                 base_url=base_url,
                 cache_dir=cache_dir,
+                license=license,
             ),
             output_dir,
             overwrite,

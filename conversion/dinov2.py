@@ -54,6 +54,7 @@ ARCHITECTURES = WITHOUT_REGISTERS | {
     f"{name}_reg4": replace(arch, num_register_tokens=4) for name, arch in WITHOUT_REGISTERS.items()
 }
 PUBLISHED = {f"dinov2_{name}": name for name in ARCHITECTURES}
+HUB_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 
 # Sharded training keeps layers in chunks, `blocks.{chunk}.{layer}.`; the number of the layer counts on through them.
 OLD, NEW = "blocks.[{chunk}.]{layer}", "encoder.layer.{layer}"
@@ -93,6 +94,7 @@ TRAINING_PART = re.compile(
     r"(?:[^.]+\.)*(?:student|dino_head|ibot_head|dino_loss|ibot_patch_loss|optimizer|fp16_scaler|(?:lr_)?scheduler)"
     r"(?=\.|$)"
 )
+PUBLISHED_LICENSE = "apache-2.0"
 PUBLISHED_HEADS = {"1": "linear_head", "4": "linear4_head"}
 
 
@@ -105,6 +107,7 @@ def prepare(
     interpolate_offset: float | None = None,
     base_url: str = BASE_URL,
     cache_dir: Path | None = None,
+    license: str | None = None,
 ) -> Prepared:
     """A DINOv2 checkpoint as ViTReg, with timm's model beside it.
 
@@ -118,6 +121,7 @@ def prepare(
         interpolate_offset: See `ViTRegConfig`. Where not given as published: with registers 0.0, else 0.1.
         base_url: Where the published files are.
         cache_dir: Where downloads go; the folder of torch.hub where not given.
+        license: Of the weights, for the card. Published ones are Apache-2.0; that of a file is "unknown" if not given.
 
     Raises:
         ConversionError: for everything that is not a whole DINOv2 checkpoint of this architecture.
@@ -148,6 +152,8 @@ def prepare(
         sources=[describe_source(file) | {"backbone": f"{prefix}*"}]
         + ([describe_source(head_file)] if head_file is not None else []),
         left_aside=left_aside,
+        license=license or ("unknown" if published is None else PUBLISHED_LICENSE),
+        base_model=None if published is None else _hub_id(published),
     )
 
 
@@ -169,6 +175,12 @@ def _published_arch(checkpoint: str) -> str | None:
     if name not in PUBLISHED:
         raise ConversionError(f"{checkpoint} is neither a file nor a published name. {nearest(name, PUBLISHED)}")
     return PUBLISHED[name]
+
+
+def _hub_id(arch: str) -> str:
+    """Where the same weights are on the Hub."""
+    size, _, registers = arch.partition("_")
+    return f"facebook/dinov2-{'with-registers-' if registers else ''}{HUB_SIZES[size]}"
 
 
 def _url(base_url: str, arch: str, suffix: str) -> str:

@@ -29,6 +29,8 @@ class Prepared:
         arch: The architecture's published name, or "custom".
         sources: One entry a file read: name, bytes, sha256, and the names that were taken for the backbone's.
         left_aside: What the files hold beside the model, by name.
+        license: Of the weights, as an id that the Hub knows; "unknown" where only the user can know it.
+        base_model: The published weights on the Hub, where these are known to be the same.
     """
 
     model: PreTrainedModel
@@ -39,3 +41,5 @@ class Prepared:
     arch: str
     sources: list[dict]
     left_aside: list[str] = field(default_factory=list)
+    license: str = "unknown"
+    base_model: str | None = None

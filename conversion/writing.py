@@ -20,6 +20,8 @@ import hf_vitreg
 from conversion.family import ConversionError, Prepared
 from conversion.parity import TOLERANCE, Row
 from conversion.reading import progress_console
+from hf_vitreg.hub.card import CardFacts
+from hf_vitreg.hub.export import write_model_repository
 
 
 RECORD = "conversion.json"
@@ -67,16 +69,27 @@ def atomic_folder(output_dir: Path) -> Iterator[Path]:
 
 
 def write(prepared: Prepared, rows: list[Row], output_dir: Path) -> dict:
-    """Model, config, the two Hub files, image processor and the record of the conversion, which is returned."""
+    """A model repository with the record of the conversion, which is returned."""
     record = conversion_record(prepared, rows)
+    facts = card_facts(prepared, rows, name=output_dir.resolve().name)
     with atomic_folder(output_dir) as folder, _one_status(f"Writing {output_dir}"):
-        prepared.model.save_pretrained(folder)
-        # safetensors writes for the owner alone
-        for weights in folder.glob("*.safetensors"):
-            shutil.copymode(folder / "config.json", weights)
-        prepared.image_processor.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        files = {RECORD: json.dumps(record, indent=2) + "\n"}
+        write_model_repository(folder, prepared.model, prepared.image_processor, facts, files)
     return record
+
+
+def card_facts(prepared: Prepared, rows: list[Row], name: str) -> CardFacts:
+    """Where the weights come from, and how well they agree with the reference."""
+    sources = ", ".join(f"`{source['file']}` (sha256 `{source['sha256']}`)" for source in prepared.sources)
+    worst = max(rows, key=lambda row: row.relative)
+    return CardFacts(
+        name=name,
+        license=prepared.license,
+        base_model=prepared.base_model,
+        notes=f"Converted from {sources}, architecture {prepared.arch}. On images of {len(prepared.sizes)} sizes the "
+        f"outputs differ from those of {prepared.reference_name} by at most {worst.relative:.1e} of the largest value "
+        f"(at {worst.height}x{worst.width} pixels, float32). [{RECORD}]({RECORD}) has every comparison.",
+    )
 
 
 def conversion_record(prepared: Prepared, rows: list[Row]) -> dict:

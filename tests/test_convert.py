@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 from test_conversion_checkpoints import (
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 from conversion import dinov2, parity, renaming
 from conversion.convert import app
 from hf_vitreg import ViTRegBackbone, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg.hub.export import check_model_repository, sort_files
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +125,7 @@ def test_the_record_says_what_was_converted_and_how(folders):
 def test_the_folder_is_complete_and_readable_by_others(folders):
     for folder in folders.values():
         assert sorted(path.name for path in folder.iterdir()) == [
+            "README.md",
             "config.json",
             "configuration_vitreg.py",
             "conversion.json",
@@ -133,6 +136,17 @@ def test_the_folder_is_complete_and_readable_by_others(folders):
         assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+
+
+def test_the_folder_can_be_published_with_its_record(folders):
+    for folder in folders.values():
+        check_model_repository(folder)
+        published, left_out = sort_files(folder)
+        assert "conversion.json" in published and left_out == []
+        card = ModelCard.load(folder / "README.md")
+        # a file does not say under which licence its weights are, or which model of the Hub they are
+        assert card.data.license == "unknown" and card.data.base_model is None
+        assert "a.pth" in card.text and "timm" in card.text
 
 
 def test_loads_where_hf_vitreg_is_imported(folders):
@@ -219,6 +233,8 @@ def test_published_names_and_heads_come_from_a_mirror(tmp_path, monkeypatch):
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "model").config
     assert config.classifier_layout == "last4_cls_mean" and config.id2label[1] == "goldfish, Carassius auratus"
     assert json.loads((tmp_path / "model" / "conversion.json").read_text())["arch"] == "vits14_reg4"
+    card = ModelCard.load(tmp_path / "model" / "README.md").data
+    assert (card.license, card.base_model) == ("apache-2.0", "facebook/dinov2-with-registers-small")
 
 
 def test_weights_in_half_precision_stay_as_they_are(tmp_path):
@@ -299,7 +315,7 @@ def test_a_folder_is_replaced_only_when_asked_and_only_when_the_new_one_is_whole
         assert sorted(tmp_path.rglob("*")) == before
     run(checkpoint, tmp_path / "model", "--overwrite")
     assert not (tmp_path / "model" / "old.txt").exists()
-    assert len(list((tmp_path / "model").iterdir())) == 6
+    assert len(list((tmp_path / "model").iterdir())) == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "model"]
 
 

@@ -1,0 +1,141 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from reference import COLS, NUM_REGISTERS, ROWS, tiny_config
+
+from hf_vitreg import ViTRegConfig, ViTRegModel
+
+
+def test_defaults_are_vit_base_with_four_registers():
+    config = ViTRegConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (768, 12, 12)
+    assert (config.patch_size, config.intermediate_size, config.num_register_tokens) == (14, 3072, 4)
+    assert config.model_type == "vitreg"
+
+
+@pytest.mark.parametrize("num_register_tokens", [0, 1, NUM_REGISTERS])
+def test_prefix_is_cls_and_the_registers(num_register_tokens):
+    assert tiny_config(num_register_tokens=num_register_tokens).num_prefix_tokens == 1 + num_register_tokens
+
+
+def test_grid_has_rows_before_columns():
+    assert tiny_config().grid_size == (ROWS, COLS)
+    assert tiny_config(image_size=35).grid_size == (5, 5)
+    # pixels that fill no patch carry no position embedding
+    assert tiny_config(image_size=(27, 50)).grid_size == (ROWS, COLS)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "intermediate_size"),
+    [
+        ({"mlp_ratio": 4}, 192),
+        ({"mlp_ratio": 2.572}, 123),
+        ({"intermediate_size": 131}, 131),
+        ({"intermediate_size": 131, "use_swiglu_ffn": True}, 131),
+        # two thirds of 192 are a multiple of 8, two thirds of 123 (82) are not
+        ({"mlp_ratio": 4, "use_swiglu_ffn": True}, 128),
+        ({"mlp_ratio": 2.572, "use_swiglu_ffn": True}, 88),
+        # the published sizes of DINOv2: g/14, and L in its training recipe
+        ({"hidden_size": 1536, "use_swiglu_ffn": True}, 4096),
+        ({"hidden_size": 1024, "use_swiglu_ffn": True}, 2736),
+    ],
+)
+def test_mlp_width_is_given_or_a_ratio(mlp, intermediate_size):
+    assert tiny_config(**mlp).intermediate_size == intermediate_size
+
+
+@pytest.mark.parametrize("image_size", [28, (21, 49), [21, 49]])
+@pytest.mark.parametrize("layerscale_value", [1e-5, None])
+def test_saved_and_loaded_config_is_equal(tmp_path, image_size, layerscale_value):
+    config = tiny_config(
+        image_size=image_size,
+        layerscale_value=layerscale_value,
+        mlp_ratio=2.572,
+        drop_path_schedule="linear",
+        interpolate_offset=0.1,
+        interpolate_antialias=False,
+        classifier_layout="last4_cls_mean",
+        out_indices=[1, 3],
+        id2label={index: f"class {index}" for index in range(11)},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = ViTRegConfig.from_pretrained(tmp_path)
+    assert loaded.to_json_string() == config.to_json_string()
+    assert loaded.grid_size == config.grid_size
+    assert (loaded.out_features, loaded.out_indices) == (["stage1", "stage3"], [1, 3])
+
+
+def test_loaded_config_can_be_changed(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    changed = ViTRegConfig.from_pretrained(tmp_path, num_register_tokens=2, drop_path_rate=0.3)
+    assert (changed.num_register_tokens, changed.drop_path_rate) == (2, 0.3)
+
+
+@pytest.mark.parametrize("output_attentions", [True, False])
+def test_output_attentions_is_saved_whatever_the_attention(tmp_path, output_attentions):
+    config = tiny_config(attn_implementation="sdpa", output_attentions=output_attentions)
+    config.save_pretrained(tmp_path)
+    assert ViTRegConfig.from_pretrained(tmp_path).output_attentions is output_attentions
+
+
+def test_every_auto_class_is_in_the_auto_map():
+    auto_map = json.loads(tiny_config(auto_map={"AutoModel": "stale.Model"}).to_json_string())["auto_map"]
+    assert auto_map == {
+        "AutoConfig": "configuration_vitreg.ViTRegConfig",
+        "AutoModel": "modeling_vitreg.ViTRegModel",
+        "AutoModelForImageClassification": "modeling_vitreg.ViTRegForImageClassification",
+        "AutoBackbone": "modeling_vitreg.ViTRegBackbone",
+    }
+
+
+def test_configs_share_no_auto_map():
+    changed = tiny_config()
+    changed.auto_map["AutoModel"] = "elsewhere.Model"
+    assert tiny_config().auto_map["AutoModel"] == "modeling_vitreg.ViTRegModel"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_register_tokens": -1}, "num_register_tokens must be 0 or more, got -1"),
+        ({"register_init_std": 0.0}, "register_init_std must be positive, got 0.0.*stay equal"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and less than 1, got 1.0"),
+        ({"image_size": (21, 6)}, r"image_size \(21, 6\) must be at least one patch of 7 pixels"),
+        ({"classifier_layout": "last4_cls_mean", "num_hidden_layers": 3}, "reads four layers.*num_hidden_layers=3"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_remedy(values, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mlp_ratio": "4"},
+        {"num_register_tokens": 1.5},
+        {"drop_path_schedule": "cosine"},
+        {"classifier_layout": "registers"},
+        {"image_size": "224"},
+        {"use_mask_token": "yes"},
+    ],
+)
+def test_wrong_types_and_unknown_modes_are_refused(values):
+    (name,) = values
+    with pytest.raises(StrictDataclassFieldValidationError, match=name):
+        tiny_config(**values)
+
+
+def test_a_change_is_checked_before_it_is_saved(tmp_path):
+    config = tiny_config()
+    config.num_register_tokens = -1
+    with pytest.raises(StrictDataclassClassValidationError, match="num_register_tokens must be 0 or more"):
+        config.save_pretrained(tmp_path)
+
+
+def test_width_must_be_shared_by_the_heads():
+    with pytest.raises(ValueError, match="hidden_size 48 must be a multiple of num_attention_heads 5"):
+        ViTRegModel(tiny_config(num_attention_heads=5))

@@ -402,3 +402,33 @@ def test_push_to_hub_publishes_the_run(tmp_path):
         assert {*REPOSITORY, ".gitattributes"} - {"metrics.jsonl"} <= set(repository.files())
         assert not any(name.startswith("checkpoints") for name in repository.files())
         assert sum("model.safetensors" in commit.paths for commit in repository.log()) == 1
+
+
+def test_mixed_precision_of_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(tmp_path / "run", max_steps=2, eval_steps=2)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
+    assert all(record["train_loss"] > 0 for record in metrics(tmp_path / "run") if "train_loss" in record)
+
+
+LOAD_FROM_HUB = """
+from hf_vitreg.data.datasets import load_labelled_images
+from hf_vitreg.recipe import DataOptions
+
+images = load_labelled_images(DataOptions(dataset_name="org/shades", label_column="shade"), seed=0)
+print(images.class_names, len(images.train), len(images.validation), images.hub_id, images.display_name)
+try:
+    load_labelled_images(DataOptions(dataset_name="org/shadows"), seed=0)
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_dataset_of_the_hub(tmp_path):
+    feature = datasets.ClassLabel(names=["light", "dark"])
+    path = write_parquet(tmp_path / "a.parquet", ["light", "dark"] * 10, feature, label_column="shade")
+    with LoopbackHub() as hub:
+        hub.create("datasets/org/shades", files={"data/train-00000-of-00001.parquet": path.read_bytes()})
+        done = run_client(hub, LOAD_FROM_HUB, tmp_path / "home", **client_environment(tmp_path))
+    assert done.stdout.startswith("['light', 'dark'] 16 4 org/shades org/shades")
+    assert "refused: The dataset 'org/shadows' could not be loaded" in done.stdout

@@ -1,6 +1,8 @@
 # The commands that the README and CI use. Everything goes into .venv; nothing but Python 3.11 and pip is needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# sleeping in place of spinning while threads wait: a busy neighbour would slow small tensors tenfold
+export OMP_WAIT_POLICY ?= PASSIVE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-slow style bench

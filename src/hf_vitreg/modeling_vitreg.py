@@ -192,30 +192,40 @@ class ViTRegEmbeddings(nn.Module):
         # CODEPATH: DINOv2 with registers interpolates to a size, DINOv2 without by scale factors
         if offset == 0:
             grid = nn.functional.interpolate(grid, size=(rows, cols), mode="bicubic", antialias=antialias)
-        # antialiasing by scale factors has no such form: its export keeps one size, and torch.export says so
-        elif exporting and not antialias:
-            grid = _sample_bicubic(grid, rows, cols, offset)
+        # antialiased scale factors have no symbolic form: their export keeps one size, and torch.export says so
+        elif torch.compiler.is_compiling() and not antialias:
+            grid = _interpolate_symbolic(grid, rows, cols, offset)
         else:
             scale = tuple((new + offset) / base for new, base in zip((rows, cols), self.grid_size))
             grid = nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
         return cls_position, grid.permute(0, 2, 3, 1).flatten(1, 2).to(patch_positions.dtype)
 
 
-def _sample_bicubic(grid: torch.Tensor, rows: int, cols: int, offset: float) -> torch.Tensor:
+def _interpolate_symbolic(grid: torch.Tensor, rows: int, cols: int, offset: float) -> torch.Tensor:
     """`interpolate(grid, scale_factor=((rows + offset) / base_rows, ..), mode="bicubic")` for symbolic rows and cols.
 
-    `interpolate` takes its factors as Python numbers, which fixes an exported program to one size; sampling at the
-    same coordinates takes them as tensors. At the base grid the factor is 1, as in DINOv2.
+    `interpolate` takes its factors as Python numbers, which fixes a traced program to one size; here they are tensors.
+    At the base grid the factor is 1, as in DINOv2.
     """
     base = torch.tensor(grid.shape[-2:], device=grid.device)
-    index_rows, index_cols = torch.arange(rows, device=grid.device), torch.arange(cols, device=grid.device)
-    size = torch.stack([index_rows[-1], index_cols[-1]]) + 1
-    scale = (size + offset * (size != base).any()) / base
-    # centres of the new cells in a frame where the base grid spans -1 to 1
-    y = (2 * index_rows + 1) / (scale[0] * base[0]) - 1
-    x = (2 * index_cols + 1) / (scale[1] * base[1]) - 1
-    centres = torch.stack([x[None, :].expand(rows, cols), y[:, None].expand(rows, cols)], dim=-1).unsqueeze(0)
-    return nn.functional.grid_sample(grid, centres, mode="bicubic", padding_mode="border", align_corners=False)
+    indices = [torch.arange(size, device=grid.device) for size in (rows, cols)]
+    sizes = torch.stack([index[-1] for index in indices]) + 1
+    scales = (sizes + offset * (sizes != base).any()) / base
+    row_centres, col_centres = ((index + 0.5) / scale - 0.5 for index, scale in zip(indices, scales))
+    return _resample(_resample(grid.mT, row_centres).mT, col_centres)
+
+
+def _resample(cells: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Cubic convolution (Keys, 1981, a = -0.75) of the last dimension at `centres`, in units of cells."""
+    resampled = 0
+    for tap in (-1, 0, 1, 2):
+        index = centres.floor() + tap
+        distance = (centres - index).abs()
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = ((3.75 - 0.75 * distance) * distance - 6) * distance + 3
+        weights = torch.where(distance <= 1, near, far)
+        resampled = resampled + weights * cells[..., index.clamp(0, cells.shape[-1] - 1).long()]
+    return resampled
 
 
 def eager_attention_forward(

@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoImageProcessor, pipeline
 
-from hf_vitreg import ViTRegConfig, ViTRegForImageClassification
+from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
 from hf_vitreg.data.collate import collate, mixing
 from hf_vitreg.data.datasets import (
     IGNORED_LABEL,
@@ -44,7 +44,7 @@ from hf_vitreg.data.datasets import (
     read_image,
 )
 from hf_vitreg.data.transforms import eval_transform, new_image_processor, resized_image_processor, train_transform
-from hf_vitreg.distributed import derived_seed, share_cores
+from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
 from hf_vitreg.metrics.accuracy import Accuracy
@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     if accelerator.device.type == "cpu":
-        share_cores(accelerator.num_processes)
+        share_cores()
+    require_sharding_as_asked(accelerator)
+    if recipe.ema_decay and is_sharded(accelerator):
+        raise ValueError("--ema_decay averages whole models: use it without FSDP and DeepSpeed, or set it to 0.")
     checkpoints = Checkpoints(output_dir / "checkpoints", accelerator, recipe.save_total_limit)
     check_output_dir(output_dir, recipe, checkpoints)
     CardFacts(name=output_dir.name, license=recipe.license)  # refuses now what no card could state at the end
@@ -146,9 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         epoch = state.step // steps_per_epoch
         train_loader.set_epoch(epoch)
         batches_done = state.step % steps_per_epoch * recipe.gradient_accumulation_steps
-        model.train()
-        if recipe.freeze_backbone:
-            bare_model.vitreg.eval()  # no stochastic depth in features that nobody adapts
+        train_mode(model, recipe)
         for batch_index, batch in enumerate(
             accelerator.skip_first_batches(train_loader, batches_done), start=batches_done
         ):
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
                     accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses.append((state.step + 1, loss.detach()))
             if not accelerator.sync_gradients:
                 continue
 
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             evaluates = state.step % eval_steps == 0 or is_last
             saves = state.step % save_steps == 0 or is_last
             if state.step % recipe.logging_steps == 0 or evaluates or saves:
-                train_loss = mean_loss(accelerator, losses, state.step, recipe.gradient_accumulation_steps)
+                train_loss = mean_loss(accelerator, losses)
                 losses.clear()
                 learning_rate = max(group["lr"] for group in optimizer.param_groups)
                 progress.set_postfix(loss=f"{train_loss:.3f}", accuracy=f"{max(state.best_accuracy, 0):.3f}")
@@ -195,9 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             if evaluates:
                 evaluated = model if ema is None else ema.module
                 metrics = evaluate(evaluated, validation_loader, accelerator)
-                model.train()
-                if recipe.freeze_backbone:
-                    bare_model.vitreg.eval()
+                train_mode(model, recipe)
                 record(accelerator, log, state.step, **metrics)
                 if metrics["validation_accuracy"] > state.best_accuracy:
                     state.best_accuracy, state.best_step = metrics["validation_accuracy"], state.step
@@ -210,12 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------------- export
     checkpoints.load(checkpoints.best(state), recipe, ema)
-    best_model = bare_model if ema is None else ema.module
+    best_model = model if ema is None else ema.module
     metrics = evaluate(best_model, validation_loader, accelerator)
+    state_dict = accelerator.get_state_dict(model) if ema is None else ema.module.state_dict()
     if accelerator.is_main_process:
         plot_curves(log.read(), output_dir / "curves.png", title=f"{images.display_name}: fine-tuning")
         facts = card_facts(recipe, images, metrics, state, arguments, accelerator)
-        write_model_repository(output_dir, best_model, processor, facts, {"recipe.yaml": recipe_yaml(recipe)})
+        files = {"recipe.yaml": recipe_yaml(recipe)}
+        write_model_repository(output_dir, bare_model, processor, facts, files, state_dict)
         console.print(f"[bold]{output_dir}[/bold]: validation accuracy {metrics['validation_accuracy']:.4f}")
         show_predictions(output_dir, images)
         if recipe.push_to_hub:
@@ -327,20 +328,28 @@ def load_checkpoint(recipe: FinetuneRecipe, options: dict) -> ViTRegForImageClas
     return model
 
 
-def mean_loss(accelerator: Accelerator, losses: list[torch.Tensor], step: int, batches_per_step: int) -> float:
-    """Mean over the batches since the last call, and over all processes.
+def train_mode(model: torch.nn.Module, recipe: FinetuneRecipe) -> None:
+    """Training mode, but no stochastic depth in features that nobody adapts."""
+    model.train()
+    if recipe.freeze_backbone:
+        for module in model.modules():
+            if isinstance(module, ViTRegModel):
+                module.eval()
+
+
+def mean_loss(accelerator: Accelerator, losses: list[tuple[int, torch.Tensor]]) -> float:
+    """Mean over batches, each given with its step, and over all processes.
 
     Raises:
         TrainingDiverged: naming the first step whose loss is not finite. Called before every save, so that no
             checkpoint holds what came after it.
     """
-    values = accelerator.reduce(torch.stack(losses).float(), reduction="mean")
+    values = accelerator.reduce(torch.stack([loss for _, loss in losses]).float(), reduction="mean")
     bad = (~values.isfinite()).nonzero()
     if len(bad):
-        first = step - (len(losses) - 1 - bad[0].item()) // batches_per_step
         raise TrainingDiverged(
-            f"The loss of step {first} is {values[bad[0]].item()}. Lower --learning_rate or raise --warmup_ratio, and "
-            "resume from the last checkpoint, which is from before."
+            f"The loss of step {losses[bad[0]][0]} is {values[bad[0]].item()}. Lower --learning_rate or raise "
+            "--warmup_ratio, and resume from the last checkpoint, which is from before."
         )
     return values.mean().item()
 

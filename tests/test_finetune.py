@@ -43,7 +43,7 @@ REPOSITORY = {
 }
 
 
-def one_thread(num_local_processes):
+def one_thread():
     """Sums have one order, and threads do not wait for each other where the tensors are tiny."""
     torch.set_num_threads(1)
 
@@ -145,10 +145,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path, 
     """Mid-epoch and past its end, with mixing, stochastic depth, accumulation, moving average and layer decay."""
     original = finetune.mean_loss
 
-    def killing(accelerator, losses, step, batches_per_step):
-        if step == killed_at:
+    def killing(accelerator, losses):
+        if losses[-1][0] == killed_at:
             raise Killed
-        return original(accelerator, losses, step, batches_per_step)
+        return original(accelerator, losses)
 
     monkeypatch.setattr(finetune, "mean_loss", killing)
     with pytest.raises(Killed):
@@ -163,7 +163,7 @@ KILL_WHILE_SAVING = """
 import os, signal, sys
 import accelerate, finetune, torch
 
-finetune.share_cores = lambda num_local_processes: torch.set_num_threads(1)
+finetune.share_cores = lambda: torch.set_num_threads(1)
 save_state, saves = accelerate.Accelerator.save_state, []
 
 def killed_in_the_second(self, folder):
@@ -384,7 +384,7 @@ PUSH = """
 import json, os, sys
 import finetune, torch
 
-finetune.share_cores = lambda num_local_processes: torch.set_num_threads(1)
+finetune.share_cores = lambda: torch.set_num_threads(1)
 finetune.main(json.loads(os.environ["ARGUMENTS"]))
 """
 
@@ -432,3 +432,9 @@ def test_a_dataset_of_the_hub(tmp_path):
         done = run_client(hub, LOAD_FROM_HUB, tmp_path / "home", **client_environment(tmp_path))
     assert done.stdout.startswith("['light', 'dark'] 16 4 org/shades org/shades")
     assert "refused: The dataset 'org/shadows' could not be loaded" in done.stdout
+
+
+def test_fsdp_that_was_asked_for_and_is_not_active_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP was asked for"):
+        run(tmp_path / "run")

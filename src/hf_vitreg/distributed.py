@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator, DistributedType
 
 
 def derived_seed(*keys: int) -> int:
@@ -24,6 +25,21 @@ def forked_rng(seed: int) -> Iterator[None]:
         yield
 
 
-def share_cores(num_local_processes: int) -> None:
+def share_cores() -> None:
     """Gives each process on this machine its share of the cores. `accelerate launch` leaves it one on a CPU."""
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // num_local_processes))
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process holds the whole model."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def require_sharding_as_asked(accelerator: Accelerator) -> None:
+    """Raises `ValueError` where FSDP was asked for and Accelerate fell back to plain replication, as on CPUs."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not is_sharded(accelerator):
+        raise ValueError(
+            f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}. Launch without FSDP, or on several GPUs."
+        )

@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         accelerator.print(f"Resumed at step {state.step} of {total_steps}.")
     if accelerator.is_main_process:
         log.rewind(state.step)
+        checkpoints.rewind(state.step)
     accelerator.init_trackers("finetune", config=tracked(recipe))
     started = time.perf_counter() - state.seconds
     losses = []
@@ -250,8 +251,6 @@ def check_output_dir(output_dir: Path, recipe: FinetuneRecipe, checkpoints: Chec
             f"{output_dir} holds a run with checkpoints. Go on with --resume_from_checkpoint latest, start anew with "
             "--overwrite_output_dir, or choose another --output_dir."
         )
-    elif checkpoints.accelerator.is_main_process:
-        checkpoints.clear()
 
 
 def build_processor(recipe: FinetuneRecipe):

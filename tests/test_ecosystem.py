@@ -248,13 +248,16 @@ def test_layers_on_disk_are_brought_in_when_they_are_needed(folder, tmp_path):
     assert_equals_in_memory(model, folder)
 
 
+@pytest.mark.parametrize("whole_layers", [False, True])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloaded_model_equals_the_model_in_memory(folder, tmp_path, where):
+def test_offloaded_model_equals_the_model_in_memory(folder, tmp_path, where, whole_layers):
+    """Also where weights come in when a layer is called, and not when one of its modules is, as sharding has it."""
     model, device = ViTRegForImageClassification.from_pretrained(folder), torch.device("cpu")
+    classes = model._no_split_modules if whole_layers else None
     if where == "cpu":
-        accelerate.cpu_offload(model, execution_device=device)
+        accelerate.cpu_offload(model, execution_device=device, preload_module_classes=classes)
     else:
-        accelerate.disk_offload(model, tmp_path / "offload", execution_device=device)
+        accelerate.disk_offload(model, tmp_path / "offload", execution_device=device, preload_module_classes=classes)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert_equals_in_memory(model, folder)
 

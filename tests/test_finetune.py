@@ -136,6 +136,15 @@ def test_the_last_and_the_best_checkpoints_are_kept(finished):
     assert names == {"step-00000006", "step-00000008", f"step-{best['step']:08d}"}
 
 
+def test_a_run_goes_on_from_an_earlier_checkpoint_too(finished, tmp_path):
+    run(tmp_path / "run", save_total_limit=9)
+    earlier = tmp_path / "run" / "checkpoints" / "step-00000002"
+    run(tmp_path / "run", resume_from_checkpoint=earlier, save_total_limit=1)
+    assert_equal_weights(finished[0], tmp_path / "run")
+    assert metrics(finished[0]) == metrics(tmp_path / "run")
+    assert len(list(earlier.parent.iterdir())) <= 2
+
+
 class Killed(BaseException):
     """Stands for what no code can catch."""
 

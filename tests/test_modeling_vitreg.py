@@ -188,6 +188,14 @@ def test_masked_pixels_are_invisible(pixel_values):
     assert torch.equal(hidden, seen)
 
 
+def test_mask_token_is_invisible_where_nothing_is_masked(pixel_values):
+    model = make(use_mask_token=True)
+    expected = model(pixel_values).last_hidden_state
+    nothing = torch.zeros(BATCH_SIZE, ROWS * COLS, dtype=torch.bool)
+    assert torch.equal(model(pixel_values, nothing).last_hidden_state, expected)
+    assert torch.equal(model.train()(pixel_values).last_hidden_state, expected)
+
+
 def test_mask_token_exists_only_on_request():
     assert "embeddings.mask_token" in make(use_mask_token=True).state_dict()
     assert "embeddings.mask_token" not in make().state_dict()

@@ -71,8 +71,6 @@ class Checkpoints:
         """Collective. A process killed at any moment leaves the checkpoints that were there, and no half one."""
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        if final.exists():
-            return
         if self.accelerator.is_main_process:
             for leftover in self.folder.glob(".step-*.partial"):
                 shutil.rmtree(leftover)
@@ -104,9 +102,11 @@ class Checkpoints:
         """The checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if (path / STATE_FILE).is_file())
 
-    def clear(self) -> None:
-        """Removes all, for a run that starts anew."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def rewind(self, step: int) -> None:
+        """Removes those after a step, which a run that goes on from there makes again; all of them for step 0."""
+        for path in self.all():
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
 
     def find(self, name: str) -> Path:
         """The checkpoint that `--resume_from_checkpoint` names: `latest`, or a folder.

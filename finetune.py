@@ -58,7 +58,14 @@ from hf_vitreg.training.schedules import warmup_cosine
 console = Console(stderr=True, highlight=False)
 
 NEW_MODEL_IMAGE_SIZE = 32
-NEW_MODEL_ONLY = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens")
+NEW_MODEL_ONLY = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "num_register_tokens",
+    "register_init_std",
+)
 PREDICTIONS_SHOWN = 10
 
 

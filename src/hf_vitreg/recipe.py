@@ -73,6 +73,8 @@ class ModelOptions:
         num_attention_heads: Attention heads of a new model.
         patch_size: Patch size of a new model, in pixels.
         num_register_tokens: Register tokens of a new model.
+        register_init_std: Standard deviation of a new model's CLS and registers. With DINOv3's 0.02 they are apart
+            from the start; with DINOv2's 1e-6 they part slowly, and hardly in a short run.
         image_size: Height and width of the images that the model sees, in pixels. Default: the checkpoint's, or 32.
         classifier_layout: What the classifier reads. Default: the checkpoint's, or `cls_mean`.
         drop_path_rate: Stochastic depth.
@@ -89,6 +91,7 @@ class ModelOptions:
     num_attention_heads: int = 3
     patch_size: int = 8
     num_register_tokens: int = 4
+    register_init_std: float = 0.02
     image_size: int | None = None
     classifier_layout: Literal["cls", "cls_mean", "last4_cls_mean"] | None = None
     drop_path_rate: float = 0.0

@@ -7,8 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 .PHONY: demo test test-slow style bench
 
-demo: .venv/demo.stamp  ## fine-tunes on handwritten digits, from the start, and shows predictions
-	rm -rf runs/digits
+demo: .venv/demo.stamp  ## fine-tunes on handwritten digits and shows predictions
 	$(BIN)/accelerate launch finetune.py
 
 test: .venv/test.stamp  ## lint and tests
@@ -26,13 +25,14 @@ bench: .venv/test.stamp  ## ViTReg against transformers and timm
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/load_time.py
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# pip is the last that venv writes: an interrupted one is made again
+.venv/bin/pip:
+	$(PYTHON) -m venv --clear .venv
 
-.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+.venv/demo.stamp: .venv/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	touch $@
 
-.venv/test.stamp: .venv/bin/python pyproject.toml constraints.txt
+.venv/test.stamp: .venv/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) --editable ".[test]"
 	touch $@ .venv/demo.stamp

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -21,14 +21,13 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from accelerate.utils import tqdm as main_process_tqdm
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoImageProcessor, pipeline
@@ -43,7 +42,7 @@ from hf_vitreg.data.datasets import (
     load_labelled_images,
     read_image,
 )
-from hf_vitreg.data.transforms import eval_transform, new_image_processor, resized_image_processor, train_transform
+from hf_vitreg.data.transforms import EvalTransform, new_image_processor, resized_image_processor, train_transform
 from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------------- config
     recipe = parse_recipe(FinetuneRecipe, arguments, prog="finetune.py")
-    output_dir = Path(recipe.output_dir or f"runs/{data_name(recipe)}")
+    output_dir = Path(recipe.output_dir) if recipe.output_dir else default_output_dir(recipe)
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         images.train, train_transform(processor, recipe), recipe.seed, recipe.on_bad_image, replace_bad=True
     )
     validation_images = PreparedImages(
-        images.validation, eval_transform(processor), recipe.seed, recipe.on_bad_image, replace_bad=False
+        images.validation, EvalTransform(processor), recipe.seed, recipe.on_bad_image, replace_bad=False
     )
     workers = {"num_workers": recipe.dataloader_num_workers, "collate_fn": collate}
     train_loader = torch.utils.data.DataLoader(
@@ -140,10 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     eval_steps, save_steps = recipe.eval_steps or steps_per_epoch, recipe.save_steps or steps_per_epoch
 
     # --------------------------------------------------------------------------------------------------------- loop
-    state = RunState()
+    state = RunState(steps_per_epoch=steps_per_epoch)
     log = MetricsLog(output_dir / "metrics.jsonl")
     if recipe.resume_from_checkpoint:
         state = checkpoints.load(checkpoints.find(recipe.resume_from_checkpoint), recipe, ema)
+        if state.steps_per_epoch != steps_per_epoch:
+            raise ValueError(
+                f"The run had {state.steps_per_epoch} steps an epoch and would have {steps_per_epoch} now: resume it "
+                "with the same data and the same number of processes."
+            )
         accelerator.print(f"Resumed at step {state.step} of {total_steps}.")
     if accelerator.is_main_process:
         log.rewind(state.step)
@@ -156,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     while state.step < total_steps:
         epoch = state.step // steps_per_epoch
         train_loader.set_epoch(epoch)
+        train_images.set_epoch(epoch)  # with several processes the loader forgets to
         batches_done = state.step % steps_per_epoch * recipe.gradient_accumulation_steps
         train_mode(model, recipe)
         for batch_index, batch in enumerate(
@@ -198,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             if state.step % recipe.logging_steps == 0 or evaluates or saves:
                 train_loss = mean_loss(accelerator, losses)
                 losses.clear()
+                require_finite(bare_model, state.step)
                 learning_rate = max(group["lr"] for group in optimizer.param_groups)
                 progress.set_postfix(loss=f"{train_loss:.3f}", accuracy=f"{max(state.best_accuracy, 0):.3f}")
                 record(accelerator, log, state.step, train_loss=train_loss, learning_rate=learning_rate)
@@ -223,6 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         plot_curves(log.read(), output_dir / "curves.png", title=f"{images.display_name}: fine-tuning")
         facts = card_facts(recipe, images, metrics, state, arguments, accelerator)
+        num_left_out = len(images.validation) - facts.num_validation_images
+        if num_left_out:
+            console.print(f"{num_left_out} validation images could not be read and are in no number.")
         files = {"recipe.yaml": recipe_yaml(recipe)}
         write_model_repository(output_dir, bare_model, processor, facts, files, state_dict)
         console.print(f"[bold]{output_dir}[/bold]: validation accuracy {metrics['validation_accuracy']:.4f}")
@@ -234,6 +243,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
+
+
+def default_output_dir(recipe: FinetuneRecipe) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2` .. that is free; when resuming, the last that is there."""
+    state = PartialState()
+    first = Path("runs") / data_name(recipe)
+    candidates = [first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 1000))]
+    free = next(index for index, path in enumerate(candidates) if not path.exists())
+    last = max(free - 1, 0)
+    # one process decides, before it makes the folder that the others would see
+    chosen = [str(candidates[last if recipe.resume_from_checkpoint else free])]
+    if state.num_processes > 1:
+        broadcast_object_list(chosen)
+    return Path(chosen[0])
 
 
 def available_trackers(report_to: str) -> list[str]:
@@ -250,14 +273,21 @@ def available_trackers(report_to: str) -> list[str]:
 
 
 def check_output_dir(output_dir: Path, recipe: FinetuneRecipe, checkpoints: Checkpoints) -> None:
-    """Raises `ValueError` where a new run would mix with one that is there."""
+    """Raises `ValueError` where a new run would mix with what is there."""
     if recipe.resume_from_checkpoint:
         checkpoints.find(recipe.resume_from_checkpoint)
-    elif checkpoints.all() and not recipe.overwrite_output_dir:
+    elif (checkpoints.all() or holds_more_than_logs(output_dir)) and not recipe.overwrite_output_dir:
+        way_on = "Go on with --resume_from_checkpoint latest, or start" if checkpoints.all() else "Start"
         raise ValueError(
-            f"{output_dir} holds a run with checkpoints. Go on with --resume_from_checkpoint latest, start anew with "
-            "--overwrite_output_dir, or choose another --output_dir."
+            f"{output_dir} is not empty. {way_on} anew with --overwrite_output_dir, or choose another --output_dir."
         )
+    checkpoints.accelerator.wait_for_everyone()  # nobody makes the folder while another one looks
+
+
+def holds_more_than_logs(output_dir: Path) -> bool:
+    """Whether there is anything that a run that failed before its first checkpoint does not leave."""
+    logs = {"metrics.jsonl", "logs", "checkpoints"}
+    return output_dir.is_dir() and any(path.name not in logs for path in output_dir.iterdir())
 
 
 def build_processor(recipe: FinetuneRecipe):
@@ -310,10 +340,12 @@ def load_checkpoint(recipe: FinetuneRecipe, options: dict) -> ViTRegForImageClas
         )
     num_labels = len(options["id2label"])
     has_classifier = any("ForImageClassification" in name for name in config.architectures or ())
-    if has_classifier and config.num_labels != num_labels and not recipe.ignore_mismatched_sizes:
+    named = any(name != f"LABEL_{label}" for label, name in config.id2label.items())
+    same_classes = set(config.label2id) == set(options["label2id"]) if named else config.num_labels == num_labels
+    if has_classifier and not same_classes and not recipe.ignore_mismatched_sizes:
         raise ValueError(
-            f"{path} has {config.num_labels} classes, the data {num_labels}. Give --ignore_mismatched_sizes to train "
-            "a new classifier."
+            f"{path} has {config.num_labels} classes ({shortened(config.label2id)}), the data {num_labels} "
+            f"({shortened(options['label2id'])}). Give --ignore_mismatched_sizes to train a new classifier."
         )
     try:
         model, report = ViTRegForImageClassification.from_pretrained(
@@ -324,14 +356,31 @@ def load_checkpoint(recipe: FinetuneRecipe, options: dict) -> ViTRegForImageClas
             dtype=torch.float32,
             **options,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} cannot be loaded: {error}") from error
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
+    missing = sorted(key for key in report["missing_keys"] if has_classifier or not key.startswith("classifier."))
     if missing or report["unexpected_keys"]:
         raise ValueError(
             f"{path} is incomplete or foreign. Missing: {missing}; unexpected: {report['unexpected_keys']}."
         )
+    if has_classifier and same_classes and named:
+        reorder_classes(model, [config.label2id[name] for name in options["label2id"]])
+    elif has_classifier and not same_classes:
+        model.classifier.reset_parameters()
     return model
+
+
+@torch.no_grad()
+def reorder_classes(model: ViTRegForImageClassification, order: list[int]) -> None:
+    """Puts the rows of a trained classifier in the order that the data give its classes."""
+    for parameter in model.classifier.parameters():
+        parameter.copy_(parameter[order].clone())
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:5]) + (", .." if len(names) > 5 else "")
 
 
 def train_mode(model: torch.nn.Module, recipe: FinetuneRecipe) -> None:
@@ -360,6 +409,15 @@ def mean_loss(accelerator: Accelerator, losses: list[tuple[int, torch.Tensor]]) 
     return values.mean().item()
 
 
+def require_finite(model: torch.nn.Module, step: int) -> None:
+    """Raises `TrainingDiverged` where a weight is not finite: the loss of a step tells only of the steps before it."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise TrainingDiverged(
+            f"The weights after step {step} are not finite. Lower --learning_rate or --max_grad_norm, and resume from "
+            "the last checkpoint, which is from before."
+        )
+
+
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[str, float]:
     """Accuracy and cross-entropy over the validation images, each counted once whatever the number of processes."""
@@ -375,7 +433,11 @@ def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[s
         accuracy.add_batch(predictions=predictions.cpu(), references=labels.cpu())
         total_loss += losses.sum().item()
         num_images += (labels != IGNORED_LABEL).sum().item()
-    return {"validation_accuracy": accuracy.compute()["accuracy"], "validation_loss": total_loss / num_images}
+    return {
+        "validation_accuracy": accuracy.compute()["accuracy"],
+        "validation_loss": total_loss / num_images,
+        "validation_images": num_images,
+    }
 
 
 def record(accelerator: Accelerator, log: MetricsLog, step: int, **metrics: float) -> None:
@@ -408,9 +470,9 @@ def card_facts(
         datasets=(images.hub_id,) if images.hub_id else (),
         dataset_name=images.display_name,
         dataset_type=images.builder,
-        dataset_split="validation",
+        dataset_split=images.validation_split,
         num_train_images=len(images.train),
-        num_validation_images=len(images.validation),
+        num_validation_images=metrics["validation_images"],
         metrics={"accuracy": metrics["validation_accuracy"], "loss": metrics["validation_loss"]},
         recipe=dataclasses.asdict(recipe),
         command=f"accelerate launch finetune.py {flags}".strip(),
@@ -431,7 +493,7 @@ def show_predictions(folder: Path, images: LabelledImages) -> None:
     num_images = len(images.validation)
     for index in range(0, num_images, math.ceil(num_images / PREDICTIONS_SHOWN)):
         row = images.validation[index]
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # an image that cannot be read was named before
             best = classifier(read_image(row["image"]), top_k=1)[0]
             true_name = images.class_names[row["label"]]
             mark = "" if best["label"] == true_name else " [red]x[/red]"
@@ -444,8 +506,10 @@ def errors_for_people() -> Iterator[None]:
     """What a user can mend, in a sentence and not a traceback."""
     try:
         yield
-    except (ValueError, OSError, TrainingDiverged) as error:
-        console.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+    except (ValueError, OSError, ImportError, TrainingDiverged) as error:
+        # what a worker of the data loader raises arrives with its traceback in front
+        message = str(error).rpartition("\nValueError: ")[2] if "DataLoader worker" in str(error) else str(error)
+        console.print(Text.assemble(("Error: ", "bold red"), message.strip()), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print(

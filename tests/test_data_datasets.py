@@ -78,7 +78,7 @@ def test_folder_without_validation_holds_out_a_part(tmp_path):
     [
         (datasets.ClassLabel(names=["zebra", "ant"]), ["zebra", "ant", "zebra"], ["zebra", "ant"]),
         (datasets.Value("string"), ["b", "a", "b"], ["a", "b"]),
-        (datasets.Value("int64"), [7, 3, 7], ["3", "7"]),
+        (datasets.Value("int64"), [10, 2, 10], ["2", "10"]),
     ],
 )
 def test_parquet_with_every_kind_of_label(tmp_path, feature, labels, names):
@@ -124,6 +124,7 @@ def bad_folder(tmp_path, counts, **validation):
         (lambda path: {"train_dir": str(path / "nowhere")}, ["nowhere", "no folder"]),
         (lambda path: {"train_dir": str(path)}, ["no class folders", "CLASS_NAME"]),
         (lambda path: bad_folder(path, {"cat": 2, "empty": 0}), ["empty", "no image"]),
+        (lambda path: bad_folder(path, {"train": 2, "val": 2}), ["splits", "--validation_dir"]),
         (lambda path: bad_folder(path, {"cat": 1, "dog": 1}, cat=1, cow=1), ["dog", "cow", "differ"]),
         (lambda path: bad_folder(path, {"cat": 1, "dog": 1}), ["held out", "two images a class"]),
         (lambda path: {"train_file": str(path / "*.parquet")}, ["No parquet file", "*.parquet"]),
@@ -141,6 +142,25 @@ def test_a_missing_column_names_those_there_are(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["x", "y"], datasets.Value("string"), label_column="species")
     with pytest.raises(ValueError, match=r"--label_column to one of \['image', 'species'\]"):
         load(train_file=str(path))
+
+
+def test_rows_without_a_label_are_refused(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = {"image": [colour_image(0, 0)] * 2, "label": [0, -1]}
+    datasets.Dataset.from_dict(images, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"a\.parquet has 1 labels outside 0 to 1"):
+        load(train_file=str(tmp_path / "a.parquet"))
+    images = {"image": [colour_image(0, 0)] * 2, "label": ["x", None]}
+    datasets.Dataset.from_dict(images).cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "b.parquet"))
+    with pytest.raises(ValueError, match="1 rows without label"):
+        load(train_file=str(tmp_path / "b.parquet"))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_more_than_8_bits_a_channel_are_refused_by_name(tmp_path, mode):
+    PIL.Image.new(mode, (5, 7)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        read_image({"bytes": None, "path": str(tmp_path / "deep.tif")})
 
 
 def to_tensor(image):

@@ -7,7 +7,7 @@ from sample_images import colour_image
 from transformers import BitImageProcessor
 
 from hf_vitreg.data.collate import collate, mixing
-from hf_vitreg.data.transforms import eval_transform, new_image_processor, resized_image_processor, train_transform
+from hf_vitreg.data.transforms import EvalTransform, new_image_processor, resized_image_processor, train_transform
 from hf_vitreg.recipe import AugmentationOptions
 
 
@@ -20,7 +20,7 @@ def test_eval_is_what_the_saved_processor_does(tmp_path):
     image = colour_image(1, 5)
     expected = BitImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     assert expected.shape == (3, 14, 14)
-    assert torch.equal(eval_transform(processor)(image), expected)
+    assert torch.equal(EvalTransform(processor)(image), expected)
 
 
 def test_training_without_randomness_is_eval():
@@ -28,7 +28,7 @@ def test_training_without_randomness_is_eval():
     processor = new_image_processor(14)
     plain = train_transform(processor, AugmentationOptions(**OFF))(image)
     assert plain.shape == (3, 14, 14) and plain.dtype == torch.float32
-    assert (plain - eval_transform(processor)(image)).abs().max() < 0.05
+    assert (plain - EvalTransform(processor)(image)).abs().max() < 0.05
 
 
 def test_flip_and_rand_augment_change_the_image():

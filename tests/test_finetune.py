@@ -203,9 +203,23 @@ def test_kill_9_during_a_save_leaves_the_checkpoint_before(finished, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+WATCH_EPOCHS = """
+import finetune
+
+def watched(self, index, original=finetune.PreparedImages.__getitem__):
+    if self.replace_bad:
+        print(f"epoch-{self.epoch}", flush=True)
+    return original(self, index)
+
+finetune.PreparedImages.__getitem__ = watched
+finetune.main()
+"""
+
+
 def test_two_processes_train_together(tmp_path):
     """Through torchrun, since `accelerate launch --cpu --num_processes 2` starts one process."""
-    script = [str(ROOT / "finetune.py"), "--config", DEBUG, "--output_dir", str(tmp_path / "run"), "--max_steps", "4"]
+    (tmp_path / "watch.py").write_text(WATCH_EPOCHS)
+    script = [str(tmp_path / "watch.py"), "--config", DEBUG, "--output_dir", str(tmp_path / "run"), "--max_steps", "6"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, *script], env=client_environment(tmp_path), capture_output=True, text=True, timeout=240
@@ -218,7 +232,9 @@ def test_two_processes_train_together(tmp_path):
     ]
     assert all(accuracy * 30 == pytest.approx(round(accuracy * 30)) for accuracy in accuracies)
     model = ViTRegForImageClassification.from_pretrained(tmp_path / "run")
-    assert len(list((tmp_path / "run" / "checkpoints" / "step-00000004").glob("random_states_*"))) == 2
+    assert len(list((tmp_path / "run" / "checkpoints" / "step-00000006").glob("random_states_*"))) == 2
+    # 60 training images are two steps of 2 x 2 batches of 7 and one of what is left: two epochs, each drawn anew
+    assert set(done.stdout.split()) >= {"epoch-0", "epoch-1"}
     assert model.config.num_labels == 10
 
 
@@ -228,7 +244,10 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     assert exit_code.value.code == 130 and "--resume_from_checkpoint latest" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("save_steps", "named"), [(3, "loss of step 5 is nan"), (2, "weights after step 4 are not finite")]
+)
+def test_what_is_no_number_stops_before_anything_is_saved(tmp_path, monkeypatch, save_steps, named):
     steps = []
     original = finetune.set_learning_rate
 
@@ -237,9 +256,9 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_saved(tmp_path, monke
         original(optimizer, learning_rate if len(steps) <= 6 else float("inf"))  # two batches a step: breaks in step 4
 
     monkeypatch.setattr(finetune, "set_learning_rate", exploding)
-    with pytest.raises(finetune.TrainingDiverged, match="loss of step 5 is nan"):
-        run(tmp_path / "run", logging_steps=100, save_steps=3, eval_steps=100, max_steps=9)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    with pytest.raises(finetune.TrainingDiverged, match=named):
+        run(tmp_path / "run", logging_steps=100, save_steps=save_steps, eval_steps=100, max_steps=9)
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step-0000000{save_steps}"
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
     saved = safetensors.torch.load_file(checkpoint / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
@@ -253,7 +272,7 @@ def test_a_run_is_not_mixed_with_one_that_is_there(finished, tmp_path):
         run(tmp_path / "run", resume_from_checkpoint="latest", learning_rate=0.5)
     with pytest.raises(ValueError, match="no checkpoint"):
         run(tmp_path / "new", resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="is no checkpoint of a run"):
+    with pytest.raises(ValueError, match="is no checkpoint of the run"):
         run(tmp_path / "run", resume_from_checkpoint=tmp_path)
     assert_equal_weights(finished[0], tmp_path / "run")
     run(tmp_path / "run", "--overwrite_output_dir", max_steps=2)
@@ -286,7 +305,9 @@ def from_checkpoint(tmp_path, checkpoint, *arguments, **flags):
 
 def test_a_folder_of_images_fine_tunes_a_checkpoint_of_other_classes(finished, tmp_path):
     folder = write_folder(tmp_path / "shades", {"red": 9, "green": 8, "blue": 7})
-    with pytest.raises(ValueError, match=r"has 10 classes, the data 3.*--ignore_mismatched_sizes"):
+    with pytest.raises(
+        ValueError, match=r"has 10 classes \(0, 1, 2, 3, 4, \.\.\), the data 3.*--ignore_mismatched_sizes"
+    ):
         from_checkpoint(tmp_path, finished[0], train_dir=folder)
     from_checkpoint(tmp_path, finished[0], "--ignore_mismatched_sizes", train_dir=folder, image_size=40)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
@@ -447,3 +468,47 @@ def test_fsdp_that_was_asked_for_and_is_not_active_is_an_error(tmp_path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP was asked for"):
         run(tmp_path / "run")
+
+
+def test_the_default_folder_is_the_first_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = finetune.FinetuneRecipe()
+    assert finetune.default_output_dir(recipe) == Path("runs/digits")
+    for name in ("digits", "digits-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert finetune.default_output_dir(recipe) == Path("runs/digits-3")
+    assert finetune.default_output_dir(finetune.FinetuneRecipe(resume_from_checkpoint="latest")) == Path(
+        "runs/digits-2"
+    )
+
+
+def test_a_folder_with_other_files_is_not_written_to(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        run(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_trained_classifier_follows_the_order_of_the_classes(finished, tmp_path):
+    """The classes of the checkpoint under the names of folders, which sort otherwise."""
+    names = ["nine", "eight", "seven", "six", "five", "four", "three", "two", "one", "zero"]
+    source = shutil.copytree(finished[0], tmp_path / "named", ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((source / "config.json").read_text())
+    config["id2label"] = {str(index): name for index, name in enumerate(names)}
+    config["label2id"] = {name: index for index, name in enumerate(names)}
+    (source / "config.json").write_text(json.dumps(config))
+    folder = write_folder(tmp_path / "images", dict.fromkeys(names, 2))
+    from_checkpoint(tmp_path, source, train_dir=folder, validation_fraction=0.5, learning_rate=0, ema_decay=0)
+    before, after = weights(source), weights(tmp_path / "run")
+    for index, name in enumerate(sorted(names)):
+        assert torch.equal(after["classifier.bias"][index], before["classifier.bias"][names.index(name)])
+        assert torch.equal(after["classifier.weight"][index], before["classifier.weight"][names.index(name)])
+
+
+def test_a_bad_image_in_a_worker_is_one_sentence(tmp_path, capsys):
+    folder = write_folder(tmp_path / "train", {"a": 9, "b": 9})
+    (folder / "a" / "003.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit), finetune.errors_for_people():
+        run(tmp_path / "run", train_dir=folder, validation_dir=folder, dataloader_num_workers=1, max_steps=1)
+    error = capsys.readouterr().err
+    assert "003.png cannot be read as an image" in error and "Traceback" not in error

@@ -32,7 +32,7 @@ def test_flag_overrides_recipe_overrides_default_in_any_order(tmp_path, flag_fir
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--freeze_backbone"], ["--freeze_backbone", "true"], ["--freeze_backbone=true"]]
+    "arguments", [["--freeze_backbone"], ["--freeze_backbone", "True"], ["--freeze_backbone=true"]]
 )
 def test_a_switch_needs_no_value(arguments):
     recipe = parse(*arguments, "--seed", 3)
@@ -52,7 +52,9 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
         (["--learnig_rate", 1], "learning_rate"),
         (["--traindir=x"], "train_dir"),
         (["--batch_size", 3], "per_device_train_batch_size"),
-        (["--lr", 3], "--help"),
+        (["--eval-steps", 3], "`eval_steps`"),
+        (["--model", "x"], "`model_name_or_path`"),
+        (["--zzz", 3], "--help"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest(arguments, expected):
@@ -76,6 +78,7 @@ def test_a_missing_recipe_is_named():
     [
         (["--learning_rate", "fast"], ["learning_rate", "fast"]),
         (["--on_bad_image", "ignore"], ["on_bad_image", "raise", "skip"]),
+        (["--rand_augment_magnitude", 31], ["rand_augment_magnitude", "between 0 and 30"]),
         (["--horizontal_flip", 1.5], ["horizontal_flip", "between 0 and 1", "1.5"]),
         (["--max_steps", 0], ["max_steps", "at least 1"]),
         (["--train_dir", "a", "--train_file", "b"], ["train_dir", "train_file"]),
@@ -89,7 +92,7 @@ def test_a_bad_value_says_what_is_allowed(arguments, named):
     assert all(word in str(error.value) for word in named)
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=str)
 def test_every_recipe_of_the_house_parses_and_says_how_it_is_run(path):
     parse("--config", path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]

@@ -25,10 +25,15 @@ def forked_rng(seed: int) -> Iterator[None]:
         yield
 
 
+def num_cores() -> int:
+    """Cores that this process may use; all there are where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_cores() -> None:
     """Gives each process on this machine its share of the cores. `accelerate launch` leaves it one on a CPU."""
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // num_local_processes))
+    torch.set_num_threads(max(torch.get_num_threads(), num_cores() // num_local_processes))
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -161,8 +161,8 @@ class RunOptions:
 
     Args:
         output_dir: Folder for the model repository, the checkpoints and the logs. Default: `runs/` and the name of
-            the data.
-        overwrite_output_dir: Start anew in an output_dir that holds a run.
+            the data, with a number where that folder is there already.
+        overwrite_output_dir: Start anew in an output_dir that is not empty.
         num_train_epochs: Passes over the training images.
         max_steps: Optimizer steps, in place of epochs.
         per_device_train_batch_size: Training images a device and batch.
@@ -210,6 +210,11 @@ class FinetuneRecipe(DataOptions, ModelOptions, AugmentationOptions, OptimizerOp
             require(self, name, minimum=1)
         for name in ("max_steps", "eval_steps", "save_steps", "image_size", "max_train_samples", "max_eval_samples"):
             require(self, name, minimum=1)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+            require(self, name, minimum=1)
+        for name in ("num_register_tokens", "register_init_std", "rand_augment_num_ops", "dataloader_num_workers"):
+            require(self, name, minimum=0)
+        require(self, "rand_augment_magnitude", minimum=0, maximum=30)
         for name in ("learning_rate", "weight_decay", "mixup_alpha", "cutmix_alpha", "max_grad_norm"):
             require(self, name, minimum=0)
         for name in ("horizontal_flip", "warmup_ratio", "min_learning_rate_ratio", "label_smoothing_factor"):
@@ -274,8 +279,10 @@ def _normalized(arguments: list[str], recipe_class: type) -> list[str]:
             position += 1
         elif argument.startswith("--config="):
             recipes.append(argument)
-        elif argument in switches and following not in (["true"], ["false"]):
-            flags += [argument, "true"]
+        elif argument in switches:
+            given = bool(following) and following[0].lower() in ("true", "false")
+            flags += [argument, following[0].lower() if given else "true"]
+            position += given
         else:
             flags.append(argument)
     return recipes + flags
@@ -283,15 +290,19 @@ def _normalized(arguments: list[str], recipe_class: type) -> list[str]:
 
 def _suggestion(message: str, recipe_class: type) -> str:
     """The known name nearest to the unknown one that a message of the parser quotes, as a sentence."""
+    if "unrecognized" not in message and "not accepted" not in message:
+        return ""
     known = [field.name for field in dataclasses.fields(recipe_class)]
-    for unknown in re.findall(r"--(\w+)|'(\w+)'", message):
-        unknown = "".join(unknown)
-        compact = unknown.replace("_", "")
-        containing = [name for name in known if compact in name.replace("_", "")]
-        nearest = containing or difflib.get_close_matches(unknown, known, n=1, cutoff=0.75)
-        if unknown not in known and nearest:
+    for unknown in re.findall(r"--([\w-]+)|'(\w+)'", message):
+        unknown = "".join(unknown).replace("-", "_")
+        nearest = (
+            [name for name in known if name.endswith(unknown)]
+            or [name for name in known if name.startswith(unknown)]
+            or difflib.get_close_matches(unknown, known, n=1)
+        )
+        if nearest:
             return f" Did you mean `{nearest[0]}`?"
-    return " `--help` lists what is known." if "unrecognized" in message or "not accepted" in message else ""
+    return " `--help` lists what is known; a pattern of several files needs quotes."
 
 
 def save_recipe(recipe, path: str | Path) -> None:

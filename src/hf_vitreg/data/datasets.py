@@ -20,19 +20,26 @@ from ..recipe import DataOptions
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions())
+# what people keep photographs in; Pillow's own list has PDF, HDF5 and films too
+IMAGE_SUFFIXES = frozenset(
+    [".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
+)
+SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
+# more than 8 bits a channel: without a range that is agreed on they turn white or black
+DEEP_MODES = frozenset(("I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 IGNORED_LABEL = -100  # the default ignore_index of torch's cross entropy
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
-    """Training and validation images with the columns `image` (undecoded) and `label` (index into `class_names`)."""
+    """Training and validation images: columns `image` (undecoded), `label` (index into `class_names`) and `name`."""
 
     train: datasets.Dataset
     validation: datasets.Dataset
     class_names: list[str]
     display_name: str
     builder: str
+    validation_split: str
     hub_id: str | None = None
 
 
@@ -55,13 +62,16 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
     else:
         train, validation = _hub(options)
         names = {"display_name": options.dataset_name, "builder": options.dataset_name, "hub_id": options.dataset_name}
+    validation_split = options.validation_split if names.get("hub_id") else "validation"
     if validation is None:
         train, validation = _held_out(train, options.validation_fraction, seed)
+        validation_split = f"{options.validation_fraction:.0%} of {options.train_split}, held out"
     validation = _same_labels(train, validation)
     return LabelledImages(
         train=_limited(train, options.max_train_samples, seed),
         validation=_limited(validation, options.max_eval_samples, seed),
         class_names=train.features["label"].names,
+        validation_split=validation_split,
         **names,
     )
 
@@ -80,7 +90,8 @@ def digits() -> datasets.Dataset:
 
     bunch = load_digits()
     images = [_png(pixels * 255 / 16) for pixels in bunch.images]
-    return _labelled(images, bunch.target.tolist(), [str(name) for name in bunch.target_names])
+    names = [f"digit {index}" for index in range(len(images))]
+    return _labelled(images, bunch.target.tolist(), names, [str(name) for name in bunch.target_names])
 
 
 def _png(pixels) -> dict:
@@ -89,11 +100,15 @@ def _png(pixels) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _labelled(images: list, labels: list[int], class_names: list[str]) -> datasets.Dataset:
+def _labelled(images: list, labels: list[int], names: list[str], class_names: list[str]) -> datasets.Dataset:
     features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=class_names)}
+        {
+            "image": datasets.Image(decode=False),
+            "label": datasets.ClassLabel(names=class_names),
+            "name": datasets.Value("string"),
+        }
     )
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return datasets.Dataset.from_dict({"image": images, "label": labels, "name": names}, features=features)
 
 
 def _folder(folder: str | None) -> datasets.Dataset | None:
@@ -105,14 +120,23 @@ def _folder(folder: str | None) -> datasets.Dataset | None:
     class_folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
     if not class_folders:
         raise ValueError(f"The folder {folder} has no class folders. Expected {folder}/CLASS_NAME/IMAGE.jpg.")
+    class_names = [class_folder.name for class_folder in class_folders]
+    if SPLIT_NAMES.issuperset(name.lower() for name in class_names):
+        raise ValueError(
+            f"{folder} holds splits and not classes: {', '.join(class_names)}. Give them apart: --train_dir "
+            f"{folder}/{class_names[0]} --validation_dir {folder}/{class_names[-1]}."
+        )
     images, labels = [], []
     for label, class_folder in enumerate(class_folders):
-        found = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = [path for path in class_folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+        if len(found) < len(files):
+            logger.warning("%s: %d files are no images by their names.", class_folder, len(files) - len(found))
         if not found:
             raise ValueError(f"The class folder {class_folder} has no image. Add images or remove the folder.")
         images += [{"bytes": None, "path": str(path)} for path in found]
         labels += [label] * len(found)
-    return _labelled(images, labels, [class_folder.name for class_folder in class_folders])
+    return _labelled(images, labels, [image["path"] for image in images], class_names)
 
 
 def _parquet(files: str | None, options: DataOptions) -> datasets.Dataset | None:
@@ -154,9 +178,29 @@ def _standard_columns(dataset: datasets.Dataset, options: DataOptions, source: s
             raise ValueError(f"{source} has no column {column!r}: set --{flag} to one of {dataset.column_names}.")
     dataset = dataset.select_columns([options.image_column, options.label_column])
     dataset = dataset.rename_columns({options.image_column: "image", options.label_column: "label"})
-    if not isinstance(dataset.features["label"], datasets.ClassLabel):
-        dataset = dataset.class_encode_column("label")
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    for flag in ("image", "label"):
+        if missing := dataset.data.column(flag).null_count:
+            raise ValueError(f"{source} has {missing} rows without {flag}. Remove them.")
+    dataset = _with_class_label(dataset, source)
+    return dataset.add_column("name", [f"{source}, row {row}" for row in range(len(dataset))])
+
+
+def _with_class_label(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
+    labels = dataset.data.column("label").to_pylist()
+    if isinstance(feature := dataset.features["label"], datasets.ClassLabel):
+        outside = sum(not 0 <= label < feature.num_classes for label in labels)
+        if outside:
+            raise ValueError(
+                f"{source} has {outside} labels outside 0 to {feature.num_classes - 1}, as unlabelled test splits do. "
+                "Choose a split with labels."
+            )
+        return dataset
+    values = sorted(set(labels))  # numbers as numbers: 2 before 10
+    feature = datasets.ClassLabel(names=[str(value) for value in values])
+    indices = {value: index for index, value in enumerate(values)}
+    encoded = [indices[label] for label in labels]
+    return dataset.remove_columns("label").add_column("label", encoded, feature=feature)
 
 
 def _held_out(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -196,7 +240,7 @@ class PreparedImages(torch.utils.data.Dataset):
     """Decoded and transformed images, the same for a seed whatever the number of workers or restarts.
 
     Args:
-        images: Columns `image` (undecoded) and `label`.
+        images: Columns `image` (undecoded), `label` and `name`.
         transform: From an RGB `PIL.Image` to `pixel_values` of shape `(num_channels, height, width)`.
         seed: Seed of the transform's randomness, together with the epoch and the index of the image.
         on_bad_image: `raise`, or `skip`.
@@ -237,23 +281,28 @@ class PreparedImages(torch.utils.data.Dataset):
             row = self.images[candidate % len(self)]
             try:
                 return read_image(row["image"]), row["label"]
-            except (OSError, ValueError, SyntaxError) as error:
-                self._note_bad(row["image"]["path"] or f"image {candidate % len(self)}", error)
+            except Exception as error:  # decoders fail on damaged files in many ways
+                self._note_bad(row["name"], error)
             if not self.replace_bad:
                 return PIL.Image.new("RGB", (64, 64)), IGNORED_LABEL
         raise ValueError("None of the images can be read.")
 
     def _note_bad(self, name: str, error: Exception) -> None:
+        reason = f"{name} cannot be read as an image: {error}"
         if self.on_bad_image == "raise":
-            raise ValueError(
-                f"{name} cannot be read as an image: {error}. Repair or remove it, or set --on_bad_image skip."
-            ) from error
+            raise ValueError(f"{reason}. Repair or remove it, or set --on_bad_image skip.") from error
         if name not in self.bad_images:
-            logger.warning("Skipped %s, which cannot be read as an image: %s", name, error)
+            logger.warning("Skipped: %s", reason)
             self.bad_images.add(name)
 
 
 def read_image(encoded: dict) -> PIL.Image.Image:
-    """Decodes `{"bytes": .., "path": ..}` to RGB, upright as its EXIF says, as transformers' pipelines do."""
+    """Decodes `{"bytes": .., "path": ..}` to RGB, upright as its EXIF says, as transformers' pipelines do.
+
+    Raises:
+        Exception: whatever Pillow raises for a damaged file, and `ValueError` for more than 8 bits a channel.
+    """
     with PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
+        if image.mode in DEEP_MODES:
+            raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); scale it to 8 first")
         return PIL.ImageOps.exif_transpose(image).convert("RGB")

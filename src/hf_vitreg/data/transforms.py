@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0.
 """From a decoded image to the model's input: the image processor, and the random augmentation of training."""
 
+import dataclasses
 from collections.abc import Callable
 
 import PIL.Image
@@ -37,9 +38,14 @@ def resized_image_processor(processor: BaseImageProcessor, image_size: int) -> B
     return type(processor).from_dict(settings)
 
 
-def eval_transform(processor: BaseImageProcessor) -> Callable[[PIL.Image.Image], torch.Tensor]:
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
     """What the pipeline does to an image: `PIL.Image -> (num_channels, height, width)`."""
-    return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+
+    processor: BaseImageProcessor
+
+    def __call__(self, image: PIL.Image.Image) -> torch.Tensor:
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def train_transform(

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "run_state.json"
 RECIPE_FILE = "recipe.yaml"
 EMA_FILE = "ema.safetensors"
-# a run may be continued longer, elsewhere or reporting differently, and stay the same run
+# a run may go on under another name, reporting or saving differently, and stay the same run
 FREE_TO_CHANGE = {
     "output_dir",
     "overwrite_output_dir",
@@ -48,12 +48,14 @@ class RunState:
         best_accuracy: Best validation accuracy so far, -1 before the first evaluation.
         best_step: Its step.
         seconds: Time spent in earlier processes of this run.
+        steps_per_epoch: Follows from the data and the number of processes, which a resumed run must share.
     """
 
     step: int = 0
     best_accuracy: float = -1.0
     best_step: int = 0
     seconds: float = 0.0
+    steps_per_epoch: int = 0
 
 
 class Checkpoints:
@@ -84,6 +86,7 @@ class Checkpoints:
             (partial / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state)))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            _remove(final)
             os.replace(partial, final)
             self._prune(state)
         self.accelerator.wait_for_everyone()
@@ -92,7 +95,7 @@ class Checkpoints:
         """Removes all but the last `limit` and the best."""
         for path in self.all()[: -self.limit]:
             if path != self.best(state):
-                shutil.rmtree(path)
+                _remove(path)
 
     def best(self, state: RunState) -> Path:
         """The checkpoint with the best accuracy."""
@@ -106,10 +109,10 @@ class Checkpoints:
         """Removes those after a step, which a run that goes on from there makes again; all of them for step 0."""
         for path in self.all():
             if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
+                _remove(path)
 
     def find(self, name: str) -> Path:
-        """The checkpoint that `--resume_from_checkpoint` names: `latest`, or a folder.
+        """The checkpoint that `--resume_from_checkpoint` names: `latest`, or a folder of this run.
 
         Raises:
             ValueError: where there is none.
@@ -118,10 +121,11 @@ class Checkpoints:
             if not self.all():
                 raise ValueError(f"There is no checkpoint in {self.folder} to resume from.")
             return self.all()[-1]
-        if not (Path(name) / STATE_FILE).is_file():
+        found = [path for path in self.all() if path.resolve() == Path(name).resolve()]
+        if not found:
             known = ", ".join(str(path) for path in self.all()) or "none"
-            raise ValueError(f"{name} is no checkpoint of a run. Checkpoints in {self.folder}: {known}.")
-        return Path(name)
+            raise ValueError(f"{name} is no checkpoint of the run in {self.folder.parent}, which has: {known}.")
+        return found[0]
 
     def load(self, path: Path, recipe, ema: torch.nn.Module | None) -> RunState:
         """Collective. Restores model, optimizer, random states and moving average.
@@ -129,17 +133,36 @@ class Checkpoints:
         Raises:
             ValueError: where the checkpoint belongs to another recipe, or is damaged.
         """
-        _require_same_recipe(yaml.safe_load((path / RECIPE_FILE).read_text()), dataclasses.asdict(recipe), path)
+        try:
+            saved_recipe = yaml.safe_load((path / RECIPE_FILE).read_text())
+            state = RunState(**json.loads((path / STATE_FILE).read_text()))
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(_damaged(path, error)) from error
+        _require_same_recipe(saved_recipe, dataclasses.asdict(recipe), path)
         try:
             self.accelerator.load_state(path)
             if ema is not None:
                 ema.load_state_dict(safetensors.torch.load_file(path / EMA_FILE))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"The checkpoint {path} cannot be loaded: {error}. Resume from another one.") from error
-        return RunState(**json.loads((path / STATE_FILE).read_text()))
+        except Exception as error:  # a damaged file can fail in any way
+            raise ValueError(_damaged(path, error)) from error
+        return state
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"The checkpoint {path} cannot be loaded: {error}. Resume from another one."
+
+
+def _remove(path: Path) -> None:
+    """Takes a checkpoint out of sight first, since a folder is not deleted in one moment."""
+    if path.exists():
+        leftover = path.with_name(f".{path.name}.removed.partial")
+        shutil.rmtree(leftover, ignore_errors=True)
+        os.replace(path, leftover)
+        shutil.rmtree(leftover)
 
 
 def _require_same_recipe(saved: dict, given: dict, path: Path) -> None:
+    saved = saved if isinstance(saved, dict) else {}
     changed = {name for name in given if name not in FREE_TO_CHANGE and saved.get(name) != given[name]}
     if changed:
         differences = "; ".join(f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in sorted(changed))

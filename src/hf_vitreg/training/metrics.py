@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..distributed import num_cores
+
 
 class MetricsLog:
     """Metrics of a run, one JSON object a line, each with the step it was measured at.
@@ -71,8 +73,8 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        num_cores = len(os.sched_getaffinity(0))
-        processor = f"{num_cores} core{'s' * (num_cores > 1)} of {_processor_name()}"
+        cores = num_cores()
+        processor = f"{cores} core{'s' * (cores > 1)} of {_processor_name()}"
     return f"{processor}, {psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}"
 
 

@@ -47,7 +47,7 @@ def plot_curves(records: list[dict], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for name, label in (("train_loss", "training"), ("validation_loss", "validation")):
+    for name, label in (("train_loss", "training, augmented"), ("validation_loss", "validation")):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             loss_axes.plot(*zip(*points), label=label)

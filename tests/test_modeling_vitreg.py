@@ -247,7 +247,35 @@ def test_drop_path_rates_follow_the_schedule(schedule, rates):
 
 
 def test_linear_drop_path_of_a_single_layer_drops_nothing():
-    assert ViTRegModel(tiny_config(num_hidden_layers=1, drop_path_rate=0.4, drop_path_schedule="linear"))
+    model = ViTRegModel(tiny_config(num_hidden_layers=1, drop_path_rate=0.4, drop_path_schedule="linear"))
+    assert model.encoder.layer[0].residual1.drop_prob == model.encoder.layer[0].residual2.drop_prob == 0
+
+
+def test_another_activation_is_used_with_and_without_gradients():
+    mlp = ViTRegModel(tiny_config()).encoder.layer[0].mlp
+    mlp.activation_fn = torch.nn.ReLU()
+    hidden_states = torch.randn(2, 3, HIDDEN_SIZE)
+    with torch.no_grad():
+        without = mlp(hidden_states)
+    assert torch.equal(mlp(hidden_states), without)
+
+
+def test_a_hook_on_the_activation_sees_its_input_without_gradients():
+    mlp, seen = ViTRegModel(tiny_config()).encoder.layer[0].mlp, []
+    hidden_states = torch.randn(2, 3, HIDDEN_SIZE)
+    mlp.activation_fn.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        mlp(hidden_states)
+        assert torch.equal(seen[0], mlp.fc1(hidden_states))
+
+
+def test_the_residual_stream_is_float32_under_autocast():
+    model = ViTRegModel(tiny_config(layerscale_value=None)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model(
+            torch.randn(1, 3, 3 * model.config.patch_size, 5 * model.config.patch_size), output_hidden_states=True
+        )
+    assert {state.dtype for state in states.hidden_states} == {torch.float32}
 
 
 @pytest.mark.parametrize("layerscale_value", [1.0, None])

@@ -162,6 +162,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {self.drop_path_rate}.")
+        if not 0 <= self.interpolate_offset < 1:
+            raise ValueError(f"interpolate_offset must be 0 or more and below 1, got {self.interpolate_offset}.")
         if min(self.grid_size) < 1:
             raise ValueError(
                 f"image_size {self.image_size} must be at least one patch of {self.patch_size} pixels each way."

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -153,7 +153,7 @@ class ViTRegEmbeddings(nn.Module):
         cls_position, patch_positions = self.interpolated_position_embeddings(
             height // self.patch_size, width // self.patch_size
         )
-        patches = patches + patch_positions.to(patches.dtype)
+        patches = patches + patch_positions  # float32 under autocast, and the residual stream with it
         prefix = [self.cls_token + cls_position] + ([] if self.register_tokens is None else [self.register_tokens])
         prefix = [tokens.to(patches.dtype).expand(batch_size, -1, -1) for tokens in prefix]
         return self.dropout(torch.cat([*prefix, patches], dim=1))
@@ -313,23 +313,25 @@ def _may_overwrite(producer: nn.Module) -> bool:
 
     The widest tensors of the model are then allocated once instead of twice, 6 % of a forward on a CPU.
     """
-    return not torch.is_grad_enabled() and not producer._forward_hooks
+    watched = producer._forward_hooks or torch.nn.modules.module._global_forward_hooks
+    return type(producer) is nn.Linear and not torch.is_grad_enabled() and not watched
 
 
 class ViTRegMLP(nn.Module):
     def __init__(self, config: ViTRegConfig):
         super().__init__()
-        self.hidden_act = config.hidden_act
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.fc1(hidden_states)
-        if self.hidden_act == "gelu" and _may_overwrite(self.fc1):
+        activation_fn = self.activation_fn
+        hooked = activation_fn._forward_hooks or activation_fn._forward_pre_hooks
+        if type(activation_fn) is GELUActivation and not hooked and _may_overwrite(self.fc1):
             hidden_states = torch.ops.aten.gelu_(hidden_states)
         else:
-            hidden_states = self.activation_fn(hidden_states)
+            hidden_states = activation_fn(hidden_states)
         return self.fc2(hidden_states)
 
 

@@ -16,6 +16,7 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
@@ -44,23 +45,67 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         from 0 in the first layer to `drop_path_rate` in the last.
     use_swiglu_ffn (`bool`, *optional*, defaults to `False`):
         Whether the MLP is SwiGLU (DINOv2 g/14) in place of `hidden_act` between two linear layers.
+    qkv_bias (`bool`, *optional*, defaults to `True`):
+        Whether queries, keys and values have a bias.
+    key_bias (`bool`, *optional*, defaults to `True`):
+        With `qkv_bias`: whether the keys have one too. DINOv3 masks it, which is the same as having none.
+    use_qk_norm (`bool`, *optional*, defaults to `False`):
+        Whether queries and keys are normalized in every head before they meet.
+    use_cls_token (`bool`, *optional*, defaults to `True`):
+        Whether there is a CLS token. Models that pool their patches (timm's `gap` and SigLIP) have none.
+    use_distillation_token (`bool`, *optional*, defaults to `False`):
+        Whether a distillation token follows CLS (DeiT). It is no register: it has a position and a classifier.
     num_register_tokens (`int`, *optional*, defaults to 4):
-        Number of register tokens, 0 or more. They follow CLS and carry no position embedding.
+        Number of register tokens, 0 or more. They stand before the patches, after CLS.
     register_init_std (`float`, *optional*, defaults to 1e-06):
         Standard deviation of the registers (and of CLS) at initialization. Must be positive: registers that start
         equal get equal gradients and stay one register.
     use_mask_token (`bool`, *optional*, defaults to `False`):
         Whether the model has a mask token, for masked image modelling.
+    position_embedding_type (`str`, *optional*, defaults to `"cls_patches"`):
+        The tokens that have a learned position embedding: `"cls_patches"` (DINO, DINOv2, OpenCLIP), `"patches"`
+        (DeiT-III) or `"prefix_patches"` (every token before the patches has one too: DeiT with its distillation token,
+        some timm models with registers). Or `"rope"`: none, queries and keys of the patches are rotated (DINOv3).
+    rope_theta (`float`, *optional*, defaults to 100.0):
+        With `"rope"`: base of the periods that a new model starts with. They are stored with the weights, and what is
+        stored is used.
+    rope_normalize_coords (`str`, *optional*, defaults to `"separate"`):
+        With `"rope"`: what the coordinates of a patch are divided by, its own side (`"separate"`), the longer
+        (`"max"`) or the shorter one (`"min"`) of the grid.
+    pos_embed_shift (`float`, *optional*):
+        With `"rope"`, in training: coordinates are shifted by up to this much, each axis for itself.
+    pos_embed_jitter (`float`, *optional*):
+        With `"rope"`, in training: each axis is scaled by a log-uniform factor between `1 / jitter` and `jitter`.
+    pos_embed_rescale (`float`, *optional*):
+        With `"rope"`, in training: both axes are scaled by one log-uniform factor between `1 / rescale` and `rescale`
+        (2 in DINOv3).
     interpolate_antialias (`bool`, *optional*, defaults to `True`):
         Whether position embeddings are antialiased where they are interpolated. DINOv2 models with registers: `True`,
         without: `False`.
     interpolate_offset (`float`, *optional*, defaults to 0.0):
         0 interpolates position embeddings to the size of the patch grid (DINOv2 models with registers). Another value
         is added to rows and columns, and the resulting scale factors are used (0.1 in DINOv2 models without).
+    patch_bias (`bool`, *optional*, defaults to `True`):
+        Whether the patch embedding has a bias. OpenCLIP's has none.
+    proj_bias (`bool`, *optional*, defaults to `True`):
+        Whether the output projection of the attention has a bias.
+    mlp_bias (`bool`, *optional*, defaults to `True`):
+        Whether the MLP has biases.
+    use_pre_layernorm (`bool`, *optional*, defaults to `False`):
+        Whether all tokens are normalized once before the first layer (OpenCLIP).
+    final_norm (`str`, *optional*, defaults to `"tokens"`):
+        What is normalized after the last layer: `"tokens"`; `"untied"`, CLS and registers by a norm of their own
+        (DINOv3 allows it); `"pooled"`, the pooled vector and no token (timm's `fc_norm`); `"none"`.
+    pooler_type (`str`, *optional*, defaults to `"cls"`):
+        What `pooler_output` is: `"cls"`, the `"mean"` of the patches, or `"map"`, which attends to the patches with a
+        learned query (SigLIP). Registers are in neither.
+    projection_dim (`int`, *optional*):
+        Where given, `pooler_output` is projected to this width as `image_embeds` (CLIP).
     classifier_layout (`str`, *optional*, defaults to `"cls_mean"`):
-        What the classifier reads, after the final norm: `"cls"`, `"cls_mean"` (CLS and the mean of the patches) or
-        `"last4_cls_mean"` (CLS of the last four layers and the mean of the last layer's patches: DINOv2's 4-layer
-        heads). Registers are in no mean.
+        What the classifier reads: `"pooled"` (`pooler_output`), or after the final norm `"cls"`, `"cls_mean"` (CLS and
+        the mean of the patches), `"last4_cls"` (CLS of the last four layers: DINO's ViT-S), `"last4_cls_mean"` (these
+        and the mean of the last layer's patches: DINOv2's 4-layer heads) or `"cls_distillation"` (two classifiers, on
+        CLS and on the distillation token, averaged: DeiT). Registers are in no mean.
     apply_layernorm (`bool`, *optional*, defaults to `True`):
         Whether the backbone applies the final norm to its feature maps.
     reshape_hidden_states (`bool`, *optional*, defaults to `True`):
@@ -96,16 +141,35 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int = 14
     num_channels: int = 3
     qkv_bias: bool = True
+    key_bias: bool = True
+    use_qk_norm: bool = False
+    patch_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    use_pre_layernorm: bool = False
+    final_norm: Literal["tokens", "untied", "pooled", "none"] = "tokens"
     layerscale_value: float | int | None = 1.0
     drop_path_rate: float | int = 0.0
     drop_path_schedule: Literal["uniform", "linear"] = "uniform"
     use_swiglu_ffn: bool = False
+    use_cls_token: bool = True
+    use_distillation_token: bool = False
     num_register_tokens: int = 4
     register_init_std: float = 1e-6
     use_mask_token: bool = False
+    position_embedding_type: Literal["cls_patches", "patches", "prefix_patches", "rope"] = "cls_patches"
+    rope_theta: float | int = 100.0
+    rope_normalize_coords: Literal["separate", "max", "min"] = "separate"
+    pos_embed_shift: float | int | None = None
+    pos_embed_jitter: float | int | None = None
+    pos_embed_rescale: float | int | None = None
     interpolate_antialias: bool = True
     interpolate_offset: float | int = 0.0
-    classifier_layout: Literal["cls", "cls_mean", "last4_cls_mean"] = "cls_mean"
+    pooler_type: Literal["cls", "mean", "map"] = "cls"
+    projection_dim: int | None = None
+    classifier_layout: Literal["pooled", "cls", "cls_mean", "last4_cls", "last4_cls_mean", "cls_distillation"] = (
+        "cls_mean"
+    )
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -128,8 +192,19 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens before the first patch: CLS and the registers."""
-        return 1 + self.num_register_tokens
+        """Number of tokens before the first patch: CLS, the distillation token, and the registers as the last."""
+        return self.use_cls_token + self.use_distillation_token + self.num_register_tokens
+
+    @property
+    def register_slice(self) -> slice:
+        """Where the registers are among the tokens."""
+        return slice(self.num_prefix_tokens - self.num_register_tokens, self.num_prefix_tokens)
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """Number of these that have a learned position embedding."""
+        positions = {"cls_patches": 1, "prefix_patches": self.num_prefix_tokens}
+        return positions.get(self.position_embedding_type, 0)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -160,6 +235,11 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"register_init_std must be positive, got {self.register_init_std}: registers that start equal stay "
                 "equal. DINOv2 uses 1e-6, DINOv3 0.02."
             )
+        for name in ("patch_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not known. There are {', '.join(ACT2FN)}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {self.drop_path_rate}.")
         if not 0 <= self.interpolate_offset < 1:
@@ -168,11 +248,32 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"image_size {self.image_size} must be at least one patch of {self.patch_size} pixels each way."
             )
-        if self.classifier_layout == "last4_cls_mean" and self.num_hidden_layers < 4:
+        self._validate_readers()
+        if self.classifier_layout.startswith("last4") and self.num_hidden_layers < 4:
             raise ValueError(
-                'classifier_layout="last4_cls_mean" reads four layers, but '
+                f'classifier_layout="{self.classifier_layout}" reads four layers, but '
                 f'num_hidden_layers={self.num_hidden_layers}. Choose "cls" or "cls_mean".'
             )
+        if self.classifier_layout.startswith("last4") and self.final_norm in ("pooled", "none"):
+            raise ValueError(
+                f'classifier_layout="{self.classifier_layout}" reads normalized tokens of four layers, which '
+                f'final_norm="{self.final_norm}" does not give. Choose "pooled".'
+            )
+
+    def _validate_readers(self):
+        """Raises `ValueError` where something reads a token that there is not."""
+        needs = {
+            'position_embedding_type="cls_patches"': self.position_embedding_type == "cls_patches",
+            'pooler_type="cls"': self.pooler_type == "cls",
+            f'classifier_layout="{self.classifier_layout}"': self.classifier_layout != "pooled",
+        }
+        for name in (name for name, needs_cls in needs.items() if needs_cls and not self.use_cls_token):
+            raise ValueError(
+                f"{name} needs a CLS token, and use_cls_token=False. Without CLS there are "
+                'position_embedding_type="patches", pooler_type="mean" or "map", and classifier_layout="pooled".'
+            )
+        if self.classifier_layout == "cls_distillation" and not self.use_distillation_token:
+            raise ValueError('classifier_layout="cls_distillation" needs use_distillation_token=True.')
 
 
 __all__ = ["ViTRegConfig"]

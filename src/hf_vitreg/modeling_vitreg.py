@@ -13,10 +13,11 @@
 # limitations under the License.
 """ViTReg: the vision transformer with register tokens (Darcet et al., ICLR 2024).
 
-One token order everywhere: `[CLS, REG_1 .. REG_N, patches]`. Registers join after the position embedding, carry none
-of their own, and are left out of every mean and every feature map.
+One token order everywhere: `[CLS, REG_1 .. REG_N, patches]`; a distillation token (DeiT) stands between CLS and the
+registers, and CLS may be absent. Registers are left out of every mean and every feature map.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,16 +58,19 @@ class ViTRegModelOutput(BaseModelOutputWithPooling):
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         All tokens after the final norm: CLS, `num_register_tokens` registers, patches.
     pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
-        CLS after the final norm.
+        CLS after the final norm, or the patches pooled as `config.pooler_type` says.
     register_tokens (`torch.FloatTensor` of shape `(batch_size, num_register_tokens, hidden_size)`):
         The registers after the final norm.
     patch_tokens (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
         The patches after the final norm, row by row.
+    image_embeds (`torch.FloatTensor` of shape `(batch_size, projection_dim)`, *optional*):
+        The projected `pooler_output`. Returned where the config has a `projection_dim`.
     """
 
     # after the inherited fields, so that output[0] and output[1] are what they are in every transformers model
     register_tokens: torch.FloatTensor | None = None
     patch_tokens: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
 
 
 @auto_docstring(
@@ -87,6 +91,10 @@ class ViTRegBackboneOutput(BackboneOutput):
     register_tokens: tuple[torch.FloatTensor, ...] | None = None
 
 
+def _layer_norm(config: ViTRegConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
 class ViTRegPatchEmbeddings(nn.Module):
     """Linear map of every patch.
 
@@ -98,7 +106,11 @@ class ViTRegPatchEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
         self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -127,7 +139,7 @@ class ViTRegPatchEmbeddings(nn.Module):
 
 
 class ViTRegEmbeddings(nn.Module):
-    """Patches, CLS, registers, mask token and the position embeddings of CLS and patches."""
+    """Patches, CLS, distillation token, registers, mask token and the learned position embeddings."""
 
     def __init__(self, config: ViTRegConfig):
         super().__init__()
@@ -135,7 +147,12 @@ class ViTRegEmbeddings(nn.Module):
         self.config = config
         self.grid_size = config.grid_size
         self.patch_size = config.patch_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        # CODEPATH: SigLIP and timm's `gap` models have no CLS token
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_cls_token else None
+        self.distillation_token = None
+        # CODEPATH: DeiT learns from a teacher through a token of its own
+        if config.use_distillation_token:
+            self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.register_tokens = None
         # CODEPATH: DINOv2, DeiT-III and OpenCLIP were published without registers first
         if config.num_register_tokens > 0:
@@ -144,19 +161,29 @@ class ViTRegEmbeddings(nn.Module):
         # CODEPATH: self-supervised pretraining (DINOv2) masks patches, classifiers do not
         self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.use_mask_token else None
         self.patch_embeddings = ViTRegPatchEmbeddings(config)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * cols, config.hidden_size))
+        self.position_embeddings = None
+        # CODEPATH: DINOv3 rotates queries and keys in its attention
+        if config.position_embedding_type != "rope":
+            num_positions = config.num_prefix_positions + rows * cols
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        # CODEPATH: OpenCLIP normalizes what enters its first layer
+        self.pre_layernorm = _layer_norm(config) if config.use_pre_layernorm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         patches = self._mask(self.patch_embeddings(pixel_values), bool_masked_pos)
-        batch_size, _, height, width = pixel_values.shape
-        cls_position, patch_positions = self.interpolated_position_embeddings(
-            height // self.patch_size, width // self.patch_size
-        )
-        patches = patches + patch_positions  # float32 under autocast, and the residual stream with it
-        prefix = [self.cls_token + cls_position] + ([] if self.register_tokens is None else [self.register_tokens])
-        prefix = [tokens.to(patches.dtype).expand(batch_size, -1, -1) for tokens in prefix]
-        return self.dropout(torch.cat([*prefix, patches], dim=1))
+        prefix = [self.cls_token, self.distillation_token, self.register_tokens]
+        none = patches.new_empty(1, 0, patches.shape[-1])
+        prefix = torch.cat([none, *(tokens for tokens in prefix if tokens is not None)], dim=1)
+        if self.position_embeddings is not None:
+            prefix_positions, patch_positions = self.interpolated_position_embeddings(
+                *(pixels // self.patch_size for pixels in pixel_values.shape[2:])
+            )
+            patches = patches + patch_positions  # float32 under autocast, and the residual stream with it
+            num_without = prefix.shape[1] - prefix_positions.shape[1]
+            prefix = prefix + nn.functional.pad(prefix_positions, (0, 0, 0, num_without))
+        tokens = torch.cat([prefix.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
+        return self.dropout(self.pre_layernorm(tokens))
 
     def _mask(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
         """Puts the mask token in the place of the patches where `bool_masked_pos` is true."""
@@ -176,16 +203,18 @@ class ViTRegEmbeddings(nn.Module):
         return patches
 
     def interpolated_position_embeddings(self, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position embeddings of CLS, `(1, 1, hidden_size)`, and of a patch grid, `(1, rows * cols, hidden_size)`.
+        """Position embeddings of the prefix, `(1, num_prefix_positions, hidden_size)`, and of a patch grid,
+        `(1, rows * cols, hidden_size)`.
 
         Bicubic, in float32, with the two conventions of DINOv2: to a size (`interpolate_offset` 0, models with
         registers) or by scale factors with an offset (0.1, models without). The grid of the config is returned as it
         is.
         """
-        cls_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        exporting = torch.compiler.is_exporting()
-        if not exporting and (rows, cols) == self.grid_size:
-            return cls_position, patch_positions
+        num_prefix_positions = self.config.num_prefix_positions
+        prefix_positions = self.position_embeddings[:, :num_prefix_positions]
+        patch_positions = self.position_embeddings[:, num_prefix_positions:]
+        if not torch.compiler.is_exporting() and (rows, cols) == self.grid_size:
+            return prefix_positions, patch_positions
         # (1, base_rows * base_cols, hidden_size) -> (1, hidden_size, base_rows, base_cols)
         grid = patch_positions.float().unflatten(1, self.grid_size).permute(0, 3, 1, 2)
         offset, antialias = self.config.interpolate_offset, self.config.interpolate_antialias
@@ -198,7 +227,7 @@ class ViTRegEmbeddings(nn.Module):
         else:
             scale = tuple((new + offset) / base for new, base in zip((rows, cols), self.grid_size))
             grid = nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
-        return cls_position, grid.permute(0, 2, 3, 1).flatten(1, 2).to(patch_positions.dtype)
+        return prefix_positions, grid.permute(0, 2, 3, 1).flatten(1, 2).to(patch_positions.dtype)
 
 
 def _interpolate_symbolic(grid: torch.Tensor, rows: int, cols: int, offset: float) -> torch.Tensor:
@@ -211,21 +240,90 @@ def _interpolate_symbolic(grid: torch.Tensor, rows: int, cols: int, offset: floa
     indices = [torch.arange(size, device=grid.device) for size in (rows, cols)]
     sizes = torch.stack([index[-1] for index in indices]) + 1
     scales = (sizes + offset * (sizes != base).any()) / base
-    row_centres, col_centres = ((index + 0.5) / scale - 0.5 for index, scale in zip(indices, scales))
-    return _resample(_resample(grid.mT, row_centres).mT, col_centres)
+    row_weights, col_weights = (
+        _cubic_weights((index + 0.5) / scale - 0.5, cells)
+        for index, scale, cells in zip(indices, scales, grid.shape[-2:])
+    )
+    padded = nn.functional.pad(grid[0], (2, 2, 2, 2), mode="replicate")
+    return (row_weights @ (padded @ col_weights.mT))[None]
 
 
-def _resample(cells: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Cubic convolution (Keys, 1981, a = -0.75) of the last dimension at `centres`, in units of cells."""
-    resampled = 0
-    for tap in (-1, 0, 1, 2):
-        index = centres.floor() + tap
-        distance = (centres - index).abs()
-        near = (1.25 * distance - 2.25) * distance**2 + 1
-        far = ((3.75 - 0.75 * distance) * distance - 6) * distance + 3
-        weights = torch.where(distance <= 1, near, far)
-        resampled = resampled + weights * cells[..., index.clamp(0, cells.shape[-1] - 1).long()]
-    return resampled
+def _cubic_weights(centres: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """Cubic convolution (Keys, 1981, a = -0.75) as a matrix: of shape `(len(centres), num_cells + 4)`.
+
+    Centres are in units of cells, of which two are added at both ends.
+    """
+    cells = torch.arange(-2, num_cells + 2, device=centres.device)
+    distance = (centres[:, None] - cells).abs()
+    near = (1.25 * distance - 2.25) * distance**2 + 1
+    far = ((3.75 - 0.75 * distance) * distance - 6) * distance + 3
+    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0))
+
+
+class ViTRegRotaryEmbeddings(nn.Module):
+    """Two-dimensional RoPE as in DINOv3: the angles of every patch, from its coordinates and the stored periods.
+
+    Of the `head_dim` channels a quarter turns with the row and a quarter with the column, each in pairs that lie half
+    a head apart. The tokens before the patches are not turned.
+    """
+
+    periods: torch.Tensor
+
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        self.config = config
+        head_dim = config.hidden_size // config.num_attention_heads
+        if head_dim % 4:
+            raise ValueError(
+                f'position_embedding_type="rope" needs heads of a multiple of 4 channels, got {head_dim}.'
+            )
+        # stored with the weights: published ones are rounded to bfloat16, which no formula gives back
+        self.periods = nn.Buffer(torch.empty(head_dim // 4, dtype=torch.float32))
+
+    def initial_periods(self) -> torch.Tensor:
+        """`rope_theta ** (2 i / (head_dim / 2))`, `(head_dim / 4,)`"""
+        num_periods = self.periods.shape[0]
+        exponents = 2 * torch.arange(num_periods, dtype=torch.float32, device=self.periods.device) / (2 * num_periods)
+        return self.config.rope_theta**exponents
+
+    def forward(self, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines in float32, `(num_prefix_tokens + rows * cols, head_dim)` each."""
+        sides = {"separate": (rows, cols), "max": (max(rows, cols),) * 2, "min": (min(rows, cols),) * 2}
+        periods = self.periods.float()
+        # (rows * cols, 2), from -1 to 1
+        axes = [
+            2 * (torch.arange(size, dtype=torch.float32, device=periods.device) + 0.5) / side - 1
+            for size, side in zip((rows, cols), sides[self.config.rope_normalize_coords])
+        ]
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        if self.training:
+            coordinates = self._augment(coordinates)
+        angles = (2 * math.pi * coordinates[:, :, None] / periods).flatten(1).tile(2)
+        # an angle of 0 leaves the prefix as it is
+        angles = nn.functional.pad(angles, (0, 0, self.config.num_prefix_tokens, 0))
+        return angles.cos(), angles.sin()
+
+    def _augment(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """Other coordinates in every training step, so that a model learns to be used at other sizes."""
+        config = self.config
+        # CODEPATH: DINOv3 was trained with one of these, `pos_embed_rescale`
+        if config.pos_embed_shift is not None:
+            shift = coordinates.new_empty(2).uniform_(-config.pos_embed_shift, config.pos_embed_shift)
+            coordinates = coordinates + shift
+        for largest, number in ((config.pos_embed_jitter, 2), (config.pos_embed_rescale, 1)):
+            if largest is not None:
+                logarithm = math.log(largest)
+                coordinates = coordinates * coordinates.new_empty(number).uniform_(-logarithm, logarithm).exp()
+        return coordinates
+
+
+def _rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Turns pairs of channels, `(batch_size, num_heads, tokens, head_dim)`, by their tokens' angles, in float32."""
+    if rotation is None:
+        return heads
+    cosines, sines = rotation
+    first, second = heads.chunk(2, dim=-1)
+    return (heads * cosines + torch.cat([-second, first], dim=-1) * sines).to(heads.dtype)
 
 
 def eager_attention_forward(
@@ -262,22 +360,29 @@ class ViTRegAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
+        key_bias = config.qkv_bias and config.key_bias
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=key_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # CODEPATH: some timm models normalize queries and keys
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """`(batch_size, tokens, hidden_size) -> (batch_size, num_heads, tokens, head_dim)`"""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # kept from the attention functions: those that cannot return weights would warn and return none
         output_attentions = kwargs.pop("output_attentions", self.config.output_attentions)
-        query = self._heads(self.q_proj(hidden_states))
-        key = self._heads(self.k_proj(hidden_states))
+        query = _rotate(self.q_norm(self._heads(self.q_proj(hidden_states))), position_embeddings)
+        key = _rotate(self.k_norm(self._heads(self.k_proj(hidden_states))), position_embeddings)
         value = self._heads(self.v_proj(hidden_states))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -299,10 +404,17 @@ class ViTRegAttention(nn.Module):
             weights = self._weights(query, key)
         return self.o_proj(attention_output.flatten(-2)), weights
 
-    def rows(self, hidden_states: torch.Tensor, query_tokens: slice) -> torch.Tensor:
+    def rows(
+        self,
+        hidden_states: torch.Tensor,
+        query_tokens: slice,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Attention of some tokens to all: `(batch_size, num_heads, num_queries, tokens)`, rows sum to 1."""
-        query = self._heads(self.q_proj(hidden_states[:, query_tokens]))
-        return self._weights(query, self._heads(self.k_proj(hidden_states)))
+        queries_turn = position_embeddings and tuple(angles[query_tokens] for angles in position_embeddings)
+        query = _rotate(self.q_norm(self._heads(self.q_proj(hidden_states[:, query_tokens]))), queries_turn)
+        key = _rotate(self.k_norm(self._heads(self.k_proj(hidden_states))), position_embeddings)
+        return self._weights(query, key)
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return torch.matmul(query, key.transpose(2, 3)).mul(self.scaling).softmax(dim=-1)
@@ -320,9 +432,9 @@ def _may_overwrite(producer: nn.Module) -> bool:
 class ViTRegMLP(nn.Module):
     def __init__(self, config: ViTRegConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.fc1(hidden_states)
@@ -338,9 +450,9 @@ class ViTRegMLP(nn.Module):
 class ViTRegSwiGLUFFN(nn.Module):
     def __init__(self, config: ViTRegConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
@@ -384,10 +496,10 @@ class ViTRegLayer(GradientCheckpointingLayer):
         # CODEPATH: DINOv2 and DeiT-III are "uniform", most timm recipes "linear"
         if config.drop_path_schedule == "linear":
             drop_prob *= layer_idx / max(config.num_hidden_layers - 1, 1)
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = _layer_norm(config)
         self.attention = ViTRegAttention(config)
         self.residual1 = ViTRegResidual(config, drop_prob)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = _layer_norm(config)
         # CODEPATH: DINOv2 g/14 is SwiGLU, S, B and L are GELU
         self.mlp = ViTRegSwiGLUFFN(config) if config.use_swiglu_ffn else ViTRegMLP(config)
         self.residual2 = ViTRegResidual(config, drop_prob)
@@ -402,7 +514,7 @@ class ViTRegLayer(GradientCheckpointingLayer):
         """
         normed = self.norm1(hidden_states)
         if attention_rows is not None:
-            return self.attention.rows(normed, attention_rows)
+            return self.attention.rows(normed, attention_rows, **kwargs)
         attention_output, _ = self.attention(normed, **kwargs)
         hidden_states = self.residual1(hidden_states, attention_output)
         return self.residual2(hidden_states, self.mlp(self.norm2(hidden_states)))
@@ -423,6 +535,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTRegLayer, "attentions": ViTRegAttention}
     _input_embed_layer = "patch_embeddings"
+    _keep_in_fp32_modules_strict = ["rotary_embeddings"]  # periods in half precision would be others
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -434,14 +547,28 @@ class ViTRegPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, ViTRegEmbeddings):
-            init.trunc_normal_(module.position_embeddings, std=std)
-            init.normal_(module.cls_token, std=self.config.register_init_std)
-            if module.register_tokens is not None:
-                init.normal_(module.register_tokens, std=self.config.register_init_std)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, std=std)
+            for tokens in (module.cls_token, module.distillation_token, module.register_tokens):
+                if tokens is not None:
+                    init.normal_(tokens, std=self.config.register_init_std)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
+        elif isinstance(module, ViTRegRotaryEmbeddings):
+            init.copy_(module.periods, module.initial_periods())
+        elif isinstance(module, ViTRegAttentionPooling):
+            init.trunc_normal_(module.latent, std=std)
         elif isinstance(module, ViTRegResidual) and module.lambda1 is not None:
             init.constant_(module.lambda1, self.config.layerscale_value)
+
+    def _final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of any layer, from CLS on, `(batch_size, tokens, hidden_size)`, as a head reads them."""
+        # CODEPATH: DINOv3 may have a norm of their own for CLS and registers
+        if self.config.final_norm == "untied":
+            num_prefix_tokens = self.config.num_prefix_tokens
+            prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+            return torch.cat([self.prefix_layernorm(prefix), self.layernorm(patches)], dim=1)
+        return self.layernorm(tokens) if self.config.final_norm == "tokens" else tokens
 
     @torch.no_grad()
     def get_attention_maps(self, pixel_values: torch.Tensor, layer: int, queries: str = "cls") -> torch.Tensor:
@@ -464,35 +591,85 @@ class ViTRegPreTrainedModel(PreTrainedModel):
             `ValueError`: where the layer does not exist, or `queries` is none of the three, or asks for registers of a
             model that has none.
         """
-        num_layers, num_prefix_tokens = self.config.num_hidden_layers, self.config.num_prefix_tokens
-        rows = {"cls": slice(0, 1), "registers": slice(1, num_prefix_tokens), "all": slice(None)}
+        num_layers = self.config.num_hidden_layers
+        rows = {"cls": slice(0, 1), "registers": self.config.register_slice, "all": slice(None)}
         if not -num_layers <= layer < num_layers:
             raise ValueError(f"layer {layer} does not exist: the model has {num_layers}, 0 to {num_layers - 1}.")
         if queries not in rows:
             raise ValueError(f"queries must be one of {', '.join(map(repr, rows))}, got {queries!r}.")
-        if queries == "registers" and num_prefix_tokens == 1:
+        if queries == "registers" and self.config.num_register_tokens == 0:
             raise ValueError('The model has no registers (num_register_tokens=0). Ask for queries="cls" or "all".')
+        if queries == "cls" and not self.config.use_cls_token:
+            raise ValueError('The model has no CLS token (use_cls_token=False). Ask for queries="registers" or "all".')
         base_model = self.base_model
         *layers_before, layer_module = base_model.encoder.layer[: layer % num_layers + 1]
         hidden_states = base_model.embeddings(pixel_values)
+        rotation = base_model.encoder.rotation(pixel_values)
         for layer_before in layers_before:
-            hidden_states = layer_before(hidden_states)
-        return layer_module(hidden_states, attention_rows=rows[queries])
+            hidden_states = layer_before(hidden_states, position_embeddings=rotation)
+        return layer_module(hidden_states, attention_rows=rows[queries], position_embeddings=rotation)
 
 
 class ViTRegEncoder(ViTRegPreTrainedModel):
     def __init__(self, config: ViTRegConfig):
         super().__init__(config)
+        self.rotary_embeddings = None
+        # CODEPATH: DINOv3
+        if config.position_embedding_type == "rope":
+            self.rotary_embeddings = ViTRegRotaryEmbeddings(config)
         self.layer = nn.ModuleList([ViTRegLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.post_init()
+
+    def rotation(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines for the tokens of these images; `None` where nothing is rotated."""
+        if self.rotary_embeddings is None:
+            return None
+        return self.rotary_embeddings(*(pixels // self.config.patch_size for pixels in pixel_values.shape[-2:]))
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        position_embeddings (`tuple(torch.FloatTensor)`, *optional*):
+            Cosines and sines of every token, from `rotation`, where the model rotates queries and keys.
+        """
         for layer_module in self.layer:
-            hidden_states = layer_module(hidden_states, **kwargs)
+            hidden_states = layer_module(hidden_states, position_embeddings=position_embeddings, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class ViTRegAttentionPooling(nn.Module):
+    """A learned query that attends to the patches, and an MLP (SigLIP, Zhai et al., 2023).
+
+    `(batch_size, num_patches, hidden_size) -> (batch_size, hidden_size)`
+    """
+
+    def __init__(self, config: ViTRegConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = _layer_norm(config)
+        self.mlp = ViTRegMLP(config)
+
+    def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        latent = self.latent.expand(patch_tokens.shape[0], -1, -1)
+        query, key, value = (
+            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projected in (self.q_proj(latent), self.k_proj(patch_tokens), self.v_proj(patch_tokens))
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        pooled = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
 @auto_docstring
@@ -501,7 +678,14 @@ class ViTRegModel(ViTRegPreTrainedModel):
         super().__init__(config)
         self.embeddings = ViTRegEmbeddings(config)
         self.encoder = ViTRegEncoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = None if config.final_norm == "none" else _layer_norm(config)
+        self.prefix_layernorm = _layer_norm(config) if config.final_norm == "untied" else None
+        # CODEPATH: SigLIP
+        self.pooler = ViTRegAttentionPooling(config) if config.pooler_type == "map" else None
+        self.projection = None
+        # CODEPATH: CLIP
+        if config.projection_dim is not None:
+            self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         # now and not at the first use: torch.compile(fullgraph=True) cannot trace the installation
         maybe_install_capturing_hooks(self.encoder)
         self.post_init()
@@ -520,22 +704,38 @@ class ViTRegModel(ViTRegPreTrainedModel):
         """
         embeddings = self.embeddings(pixel_values, bool_masked_pos)
         # an encoder that returned a tuple, as config.return_dict=False makes it, could not be read by name
-        encoder_outputs = self.encoder(embeddings, return_dict=True, **kwargs)
-        tokens = self.layernorm(encoder_outputs.last_hidden_state)
+        rotation = self.encoder.rotation(pixel_values)
+        encoder_outputs = self.encoder(embeddings, position_embeddings=rotation, return_dict=True, **kwargs)
+        tokens = self._final_norm(encoder_outputs.last_hidden_state)
+        pooled = self._pool(tokens)
         return ViTRegModelOutput(
             last_hidden_state=tokens,
-            pooler_output=tokens[:, 0],
-            register_tokens=tokens[:, 1 : self.config.num_prefix_tokens],
+            pooler_output=pooled,
+            register_tokens=tokens[:, self.config.register_slice],
             patch_tokens=tokens[:, self.config.num_prefix_tokens :],
+            image_embeds=None if self.projection is None else self.projection(pooled),
             hidden_states=encoder_outputs.hidden_states,
             attentions=encoder_outputs.attentions,
         )
 
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, tokens, hidden_size) -> (batch_size, hidden_size)`. Registers are left out."""
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        # CODEPATH: CLS in most families, the mean in timm's `gap` models, attention in SigLIP
+        if self.config.pooler_type == "cls":
+            pooled = tokens[:, 0]
+        elif self.config.pooler_type == "mean":
+            pooled = patches.mean(dim=1)
+        else:
+            pooled = self.pooler(patches)
+        # CODEPATH: timm's `fc_norm`, of models that are fine-tuned on the mean of the patches
+        return self.layernorm(pooled) if self.config.final_norm == "pooled" else pooled
+
 
 @auto_docstring(
     custom_intro="""
-    ViTReg with a linear classifier on CLS, on CLS and the mean of the patches, or on the last four layers' CLS and the
-    mean of the patches (`config.classifier_layout`). Registers are in no mean.
+    ViTReg with a linear classifier on CLS, on CLS and the mean of the patches, on the last four layers' CLS, or on
+    whatever else `config.classifier_layout` says. Registers are in no mean.
     """
 )
 class ViTRegForImageClassification(ViTRegPreTrainedModel):
@@ -543,8 +743,13 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vitreg = ViTRegModel(config)
-        num_features = {"cls": 1, "cls_mean": 2, "last4_cls_mean": 5}[config.classifier_layout] * config.hidden_size
+        multiple = {"cls_mean": 2, "last4_cls": 4, "last4_cls_mean": 5}.get(config.classifier_layout, 1)
+        num_features = multiple * config.hidden_size
         self.classifier = nn.Linear(num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.distillation_classifier = None
+        # CODEPATH: DeiT's second classifier, on its distillation token
+        if config.classifier_layout == "cls_distillation" and config.num_labels > 0:
+            self.distillation_classifier = nn.Linear(num_features, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -564,6 +769,8 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
             pixel_values, output_hidden_states=self._hidden_states_to_keep(requested), return_dict=True, **kwargs
         )
         logits = self.classifier(self._features(outputs))
+        if self.distillation_classifier is not None:
+            logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits.float(), self.config, **kwargs)
@@ -576,8 +783,8 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
 
     def _hidden_states_to_keep(self, requested: bool | int | list[int] | None) -> bool | int | list[int] | None:
         """What the caller wants to see, and the layers that the classifier reads."""
-        # CODEPATH: DINOv2's 4-layer linear heads
-        if self.config.classifier_layout != "last4_cls_mean" or requested is True:
+        # CODEPATH: the 4-layer linear heads of DINO and DINOv2
+        if not self.config.classifier_layout.startswith("last4") or requested is True:
             return requested
         return [*(selected_hidden_states(requested) or []), -4, -3, -2, -1]
 
@@ -595,14 +802,17 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
     def _features(self, outputs: ViTRegModelOutput) -> torch.Tensor:
         """`(batch_size, classifier.in_features)`, all after the final norm."""
         layout = self.config.classifier_layout
-        # CODEPATH: the default of most ViTs
-        if layout == "cls":
+        # CODEPATH: models that pool their patches
+        if layout == "pooled":
             return outputs.pooler_output
-        cls_tokens = [outputs.pooler_output]
-        # CODEPATH: DINOv2's 4-layer linear heads
-        if layout == "last4_cls_mean":
-            cls_tokens = [self.vitreg.layernorm(states[:, 0]) for states in outputs.hidden_states[-4:]]
-        return torch.cat([*cls_tokens, outputs.patch_tokens.mean(dim=1)], dim=-1)
+        cls_tokens = [outputs.last_hidden_state[:, 0]]
+        # CODEPATH: the 4-layer linear heads of DINO and DINOv2
+        if layout.startswith("last4"):
+            cls_tokens = [self.vitreg._final_norm(states[:, :1])[:, 0] for states in outputs.hidden_states[-4:]]
+        # CODEPATH: DINOv2's linear heads
+        means = [outputs.patch_tokens.mean(dim=1)] if layout.endswith("cls_mean") else []
+        features = [*cls_tokens, *means]
+        return torch.cat(features, dim=-1) if len(features) > 1 else features[0]
 
 
 @auto_docstring(
@@ -616,7 +826,8 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.embeddings = ViTRegEmbeddings(config)
         self.encoder = ViTRegEncoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = _layer_norm(config) if config.final_norm in ("tokens", "untied") else None
+        self.prefix_layernorm = _layer_norm(config) if config.final_norm == "untied" else None
         self.post_init()
 
     @can_return_tuple
@@ -635,7 +846,8 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
         if return_prefix_tokens is None:
             return_prefix_tokens = self.config.return_prefix_tokens
         grid_size = tuple(pixels // self.config.patch_size for pixels in pixel_values.shape[-2:])
-        outputs = self.encoder(self.embeddings(pixel_values), return_dict=True, **kwargs)
+        rotation = self.encoder.rotation(pixel_values)
+        outputs = self.encoder(self.embeddings(pixel_values), position_embeddings=rotation, return_dict=True, **kwargs)
         stages = [
             hidden_state
             for stage_name, hidden_state in zip(self.stage_names, outputs.hidden_states)
@@ -643,11 +855,12 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
         ]
         # CODEPATH: DINOv2's segmentation heads read normed features, its depth heads do not
         if self.config.apply_layernorm:
-            stages = [self.layernorm(hidden_state) for hidden_state in stages]
+            stages = [self._final_norm(hidden_state) for hidden_state in stages]
         cls_tokens = register_tokens = None
         if return_prefix_tokens:
-            cls_tokens = tuple(tokens[:, 0] for tokens in stages)
-            register_tokens = tuple(tokens[:, 1 : self.config.num_prefix_tokens] for tokens in stages)
+            register_tokens = tuple(tokens[:, self.config.register_slice] for tokens in stages)
+            if self.config.use_cls_token:
+                cls_tokens = tuple(tokens[:, 0] for tokens in stages)
         # CODEPATH: detectors read maps, others may ask for plain token sequences
         if self.config.reshape_hidden_states:
             stages = [self._map(tokens, grid_size) for tokens in stages]

@@ -13,15 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from conversion.family import ConversionError
+from conversion.family import ConversionError, Outputs
 from conversion.reading import PROGRESS
 from hf_vitreg import ViTRegConfig
 
 
 TOLERANCE = 1e-5
 MAX_FLOPS = 1e12
-
-Outputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0.
 """Checkpoint files into tensors: nothing in them is run, and their bytes stay in the file until they are used."""
 
+import argparse
 import functools
 import hashlib
 import pickle
@@ -26,8 +27,10 @@ from conversion.family import ConversionError
 progress_console = Console(stderr=True)
 PROGRESS = {"console": progress_console, "transient": True, "disable": not progress_console.is_terminal}
 
-# Schedules put their NumPy scalars into the optimizer's state. They are numbers: reading them runs nothing.
-NUMPY_SCALARS = [
+# Schedules put their NumPy scalars into the optimizer's state, and DINO its command line into the file. These are
+# numbers and a bag of attributes: reading them runs nothing.
+HARMLESS = [
+    argparse.Namespace,
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -124,7 +127,7 @@ def _load_pickle(path: Path) -> Any:
     # files from before PyTorch 1.6 are no zip archives, and cannot be mapped
     is_zip = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             # of an unusual pickle protocol; what matters of it becomes an error
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

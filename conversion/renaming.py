@@ -7,7 +7,8 @@ its first dimension:
 
     {"norm.{param}": "layernorm.{param}", "blocks.{layer}.attn.qkv.{param}": ("…q_proj.{param}", "…", "…")}
 
-`{layer}` and `{chunk}` stand for a number, `{param}` for `weight` or `bias`, and `[…]` may be absent.
+`{layer}` and `{chunk}` stand for a number, `{param}` for `weight` or `bias`, and `[…]` may be absent. A part that goes
+to `None` is dropped.
 """
 
 import re
@@ -23,7 +24,7 @@ from conversion.family import ConversionError
 PLACEHOLDERS = {"layer": r"\d+", "chunk": r"\d+", "param": "weight|bias"}
 MAX_NAMES_SHOWN = 8
 
-Rules = Mapping[str, str | tuple[str, ...]]
+Rules = Mapping[str, str | tuple[str | None, ...]]
 
 
 @dataclass
@@ -87,34 +88,37 @@ def rename(
             continue
         match, new_names = matches[0]
         for new, part in zip(new_names, _parts(tensor, len(new_names))):
-            account.fill(new.format(**match.groupdict()), part, old, targets)
+            if new is not None:
+                account.fill(new.format(**match.groupdict()), part, old, targets)
     account.missing = [_old_name(name, rules) for name in targets if name not in account.origin]
     account.raise_if_unbalanced()
     return account.filled
 
 
 def fill(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping, rules: Rules, head: Mapping
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping, rules: Rules, head: Mapping = {}
 ) -> PreTrainedModel:
     """A model whose parameters are views of the checkpoint: it has no memory of its own.
 
     Args:
         model_class: A model, or a classifier around one.
         config: Its config.
-        tensors: The backbone's tensors under their old names.
-        rules: Old names to new ones.
-        head: `weight` and `bias` of the classifier; empty where there is none.
+        tensors: The checkpoint's tensors under their old names.
+        rules: Old names to new ones: the backbone's as in `ViTRegModel`, a classifier's as in
+            `ViTRegForImageClassification`.
+        head: `weight` and `bias` of the classifier, where it is in another file.
 
     Raises:
         ConversionError: see `rename`.
     """
     with torch.device("meta"):
         model = model_class(config)
-    targets = {name: tensor.shape for name, tensor in model.base_model.state_dict().items()}
-    renamed = rename(tensors, rules, targets)
-    model.base_model.load_state_dict({name: _alone(tensor) for name, tensor in renamed.items()}, assign=True)
-    if head:
-        model.classifier.load_state_dict({name: _alone(tensor) for name, tensor in head.items()}, assign=True)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    full_names = {name.removeprefix(prefix): name for name in model.state_dict()}
+    separate = {f"classifier.{name}": tensor for name, tensor in head.items()}
+    targets = {name: model.state_dict()[full].shape for name, full in full_names.items() if name not in separate}
+    renamed = rename(tensors, rules, targets) | separate
+    model.load_state_dict({full_names[name]: _alone(tensor) for name, tensor in renamed.items()}, assign=True)
     return model.eval()
 
 
@@ -144,7 +148,7 @@ def _parts(tensor: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
 def _old_name(name: str, rules: Rules) -> str:
     """The name that would have filled this target, in the words of the checkpoint's owner."""
     for old, new in rules.items():
-        for template in (new,) if isinstance(new, str) else new:
+        for template in (new,) if isinstance(new, str) else filter(None, new):
             if match := _pattern(template).fullmatch(name):
                 return re.sub(r"\[.*?\]", "", old).format(**match.groupdict())
     return name

@@ -1,14 +1,13 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
-"""timm's VisionTransformer, filled with an original DINOv2 checkpoint: the independent side of a comparison."""
+"""timm's VisionTransformer, filled with an original checkpoint: the independent side of a comparison."""
 
 import math
 
 import torch
 from torch import nn
 
-from conversion.family import ConversionError
-from conversion.parity import Outputs
+from conversion.family import ConversionError, Outputs
 from hf_vitreg import ViTRegConfig
 
 
@@ -60,10 +59,13 @@ class TimmReference:
         patches, prefix = layers[-1]
         outputs = {"tokens": torch.cat([prefix, patches], dim=1)}
         if self.head:
-            num_cls_tokens = self.head["weight"].shape[1] // self.config.hidden_size - 1
-            cls_tokens = [prefix[:, 0] for _, prefix in layers[-num_cls_tokens:]]
-            features = torch.cat([*cls_tokens, patches.mean(dim=1)], dim=-1)
-            outputs["logits"] = nn.functional.linear(features, self.head["weight"], self.head["bias"])
+            layout = self.config.classifier_layout
+            layers_read = layers if layout.startswith("last4") else layers[-1:]
+            features = [prefix[:, 0] for _, prefix in layers_read]
+            if layout.endswith("mean"):
+                features.append(patches.mean(dim=1))
+            logits = nn.functional.linear(torch.cat(features, dim=-1), self.head["weight"], self.head["bias"])
+            outputs["logits"] = logits
         return outputs
 
     def _model(self, height: int, width: int) -> nn.Module:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 import hf_vitreg
@@ -21,7 +22,7 @@ from conversion.family import ConversionError, Prepared
 from conversion.parity import TOLERANCE, Row
 from conversion.reading import progress_console
 from hf_vitreg.hub.card import CardFacts
-from hf_vitreg.hub.export import write_model_repository
+from hf_vitreg.hub.export import PRETRAINING_HEADS, write_model_repository
 
 
 RECORD = "conversion.json"
@@ -75,6 +76,8 @@ def write(prepared: Prepared, rows: list[Row], output_dir: Path) -> dict:
     with atomic_folder(output_dir) as folder, _one_status(f"Writing {output_dir}"):
         files = {RECORD: json.dumps(record, indent=2) + "\n"}
         write_model_repository(folder, prepared.model, prepared.image_processor, facts, files)
+        if prepared.heads:
+            save_file(dict(prepared.heads), folder / PRETRAINING_HEADS)
     return record
 
 
@@ -82,13 +85,18 @@ def card_facts(prepared: Prepared, rows: list[Row], name: str) -> CardFacts:
     """Where the weights come from, and how well they agree with the reference."""
     sources = ", ".join(f"`{source['file']}` (sha256 `{source['sha256']}`)" for source in prepared.sources)
     worst = max(rows, key=lambda row: row.relative)
+    heads = f" [{PRETRAINING_HEADS}]({PRETRAINING_HEADS}) has the projection heads that it was trained with."
     return CardFacts(
         name=name,
-        license=prepared.license,
+        license=prepared.license.id,
+        license_name=prepared.license.name,
+        license_link=prepared.license.link,
         base_model=prepared.base_model,
         notes=f"Converted from {sources}, architecture {prepared.arch}. On images of {len(prepared.sizes)} sizes the "
         f"outputs differ from those of {prepared.reference_name} by at most {worst.relative:.1e} of the largest value "
-        f"(at {worst.height}x{worst.width} pixels, float32). [{RECORD}]({RECORD}) has every comparison.",
+        f"(at {worst.height}x{worst.width} pixels, float32). [{RECORD}]({RECORD}) has every comparison."
+        + heads
+        * bool(prepared.heads),
     )
 
 
@@ -99,6 +107,8 @@ def conversion_record(prepared: Prepared, rows: list[Row]) -> dict:
         "sources": prepared.sources,
         "arch": prepared.arch,
         "left_aside": prepared.left_aside,
+        "heads": sorted(prepared.heads),
+        "license": str(prepared.license),
         "reference": prepared.reference_name,
         "tolerance": TOLERANCE,
         "comparisons": [asdict(row) for row in rows],

@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
 REQUIRED = (CONFIG, "configuration_vitreg.py", "modeling_vitreg.py", "preprocessor_config.json", CARD)
-OPTIONAL = ("recipe.yaml", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+PRETRAINING_HEADS = "pretraining_heads.safetensors"  # beside a converted backbone, so that its training can go on
+OPTIONAL = ("recipe.yaml", PRETRAINING_HEADS, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 MODEL_CLASSES = {cls.__name__: cls for cls in (ViTRegModel, ViTRegForImageClassification, ViTRegBackbone)}
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img[^>]+src="([^"]+)"')

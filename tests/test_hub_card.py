@@ -141,6 +141,37 @@ def test_page_speaks_of_as_many_registers_as_there_are(num_register_tokens, phra
     assert ("outputs.register_tokens" in text) == (num_register_tokens > 0)
 
 
+WITHOUT_CLS = {
+    "use_cls_token": False,
+    "position_embedding_type": "patches",
+    "pooler_type": "map",
+    "classifier_layout": "pooled",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrases"),
+    [
+        ({}, ("in this order, CLS, 4 registers, and the patches", "| CLS and the mean of the patches |")),
+        ({"position_embedding_type": "rope", "num_attention_heads": 1}, ("relative to the image (RoPE)",)),
+        (
+            {"use_distillation_token": True, "classifier_layout": "cls_distillation"},
+            ("CLS, the distillation token, 4 registers, and", "| CLS and the distillation token, each"),
+        ),
+        (
+            {**WITHOUT_CLS, "num_register_tokens": 0},
+            ("in this order, the patches row by row", 'queries="all"', "as a learned query attends"),
+        ),
+        ({**WITHOUT_CLS, "pooler_type": "mean"}, ("4 registers and the patches", "which is the mean of the patches")),
+        ({"classifier_layout": "last4_cls", "num_hidden_layers": 4}, ("| CLS of the last four layers |",)),
+    ],
+    ids=["default", "rope", "distillation", "no CLS", "mean", "last4_cls"],
+)
+def test_page_describes_every_kind_of_model(changes, phrases):
+    text = render_card(classifier_config(**changes), CardFacts(name="small"), 1).text
+    assert all(phrase in text for phrase in phrases), text
+
+
 def test_what_the_model_starts_from_is_cited():
     def cited(base_model):
         return re.findall(
@@ -251,8 +282,9 @@ def test_template_of_an_installed_package_lies_beside_the_code(tmp_path, monkeyp
         (ViTRegModel, {}),
         (ViTRegModel, {"num_register_tokens": 0}),
         (ViTRegForImageClassification, {"num_channels": 1}),
+        (ViTRegModel, {**WITHOUT_CLS, "num_register_tokens": 0}),
     ],
-    ids=["classifier", "backbone", "no registers", "gray"],
+    ids=["classifier", "backbone", "no registers", "gray", "no CLS"],
 )
 def test_code_of_the_card_runs_as_written(model_class, changes, tmp_path):
     is_classifier = model_class is ViTRegForImageClassification
@@ -269,7 +301,8 @@ def test_code_of_the_card_runs_as_written(model_class, changes, tmp_path):
             exec(block.replace(MODEL_ID, str(tmp_path)), names := {})
         if "maps" in names:
             num_registers = config.num_register_tokens
-            assert names["maps"].shape == (1, 3, num_registers or 1, 2, 3)
+            num_queries = num_registers or (1 if config.use_cls_token else 6)
+            assert names["maps"].shape == (1, 3, num_queries, 2, 3)
             assert names["image_features"].shape == (1, 12)
             assert names["patch_tokens"].shape == (1, 6, 12)
             assert names.get("register_tokens") is None or names["register_tokens"].shape == (1, num_registers, 12)

@@ -27,7 +27,14 @@ PIPELINE_TAGS = {
 CLASSIFIER_INPUTS = {
     "cls": "CLS",
     "cls_mean": "CLS and the mean of the patches",
+    "last4_cls": "CLS of the last four layers",
     "last4_cls_mean": "CLS of the last four layers and the mean of the last layer's patches",
+    "cls_distillation": "CLS and the distillation token, each by a classifier of its own, averaged",
+}
+POOLED = {
+    "cls": "CLS",
+    "mean": "the mean of the patches",
+    "map": "the patches as a learned query attends to them",
 }
 MAX_LABELS = 12
 
@@ -205,9 +212,16 @@ def _words_on_model(config: ViTRegConfig, num_parameters: int) -> dict[str, obje
         "registers": f"with {num_registers} register token{'s' * (num_registers != 1)}"
         if num_registers
         else "without register tokens",
-        "tokens": f"CLS, {num_registers} register{'s' * (num_registers != 1)}, and the patches row by row"
-        if num_registers
-        else "CLS and the patches row by row",
+        "tokens": _listed(
+            [
+                *["CLS"] * config.use_cls_token,
+                *["the distillation token"] * config.use_distillation_token,
+                *[f"{num_registers} register{'s' * (num_registers != 1)}"] * bool(num_registers),
+                "the patches row by row",
+            ]
+        ),
+        "queries": "registers" if num_registers else "cls" if config.use_cls_token else "all",
+        "pooled": POOLED[config.pooler_type],
         "mlp": "SwiGLU MLP" if config.use_swiglu_ffn else f"MLP (`{config.hidden_act}`)",
         "parameters": f"{num_parameters:,}",
         "height": height,
@@ -215,9 +229,16 @@ def _words_on_model(config: ViTRegConfig, num_parameters: int) -> dict[str, obje
         "rows": rows,
         "cols": cols,
         "labels": labels + ", …" * (len(names) > MAX_LABELS),
-        "classifier_input": CLASSIFIER_INPUTS[config.classifier_layout],
+        "classifier_input": CLASSIFIER_INPUTS.get(config.classifier_layout, POOLED[config.pooler_type]),
         "image_mode": "L" if config.num_channels == 1 else "RGB",
     }
+
+
+def _listed(items: list[str]) -> str:
+    """["a", "b", "c"] -> "a, b, and c"."""
+    if len(items) < 3:
+        return " and ".join(items)
+    return f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 def _words_on_facts(facts: CardFacts) -> dict[str, object]:

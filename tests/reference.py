@@ -23,6 +23,40 @@ TINY = {
 }
 
 
+ROPE = {"position_embedding_type": "rope", "key_bias": False, "layer_norm_eps": 1e-5}
+WITHOUT_CLS = {"use_cls_token": False, "position_embedding_type": "patches", "classifier_layout": "pooled"}
+# what one family or another has and the default has not, each with a classifier that reads it
+VARIANTS = {
+    "rope": {**ROPE, "pos_embed_rescale": 2.0},
+    "rope_untied": {**ROPE, "final_norm": "untied", "use_swiglu_ffn": True, "classifier_layout": "last4_cls_mean"},
+    "distilled": {
+        "use_distillation_token": True,
+        "position_embedding_type": "prefix_patches",
+        "layerscale_value": None,
+        "classifier_layout": "cls_distillation",
+    },
+    "without_cls_position": {"position_embedding_type": "patches", "classifier_layout": "last4_cls"},
+    "projected": {
+        "use_pre_layernorm": True,
+        "patch_bias": False,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 29,
+        "classifier_layout": "pooled",
+    },
+    "mean": {**WITHOUT_CLS, "pooler_type": "mean", "position_embedding_type": "prefix_patches"},
+    "mean_normed": {**WITHOUT_CLS, "pooler_type": "mean", "final_norm": "pooled"},
+    "attended": {**WITHOUT_CLS, "pooler_type": "map", "hidden_act": "gelu_pytorch_tanh"},
+    "normed_queries": {
+        "use_qk_norm": True,
+        "qkv_bias": False,
+        "proj_bias": False,
+        "mlp_bias": False,
+        "final_norm": "none",
+        "classifier_layout": "pooled",
+    },
+}
+
+
 def tiny_config(**overrides) -> ViTRegConfig:
     return ViTRegConfig(**{**TINY, **overrides})
 
@@ -84,3 +118,97 @@ def dinov2_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
 def transformers_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A ViTReg state dict under the names of transformers' Dinov2 models."""
     return {re.sub(r"residual(\d)\.", r"layer_scale\1.", name): tensor for name, tensor in state_dict.items()}
+
+
+TIMM_NAMES = [
+    (r"^classifier\.", "head."),
+    (r"^register_tokens", "reg_token"),
+    (r"^pre_layernorm\.", "norm_pre."),
+    (r"attention\.([qk])_norm\.", r"attn.\1_norm."),
+    (r"^pooler\.o_proj\.", "attn_pool.proj."),
+    (r"^pooler\.", "attn_pool."),
+]
+
+
+def timm_state_dict(state_dict: dict[str, torch.Tensor], final_norm: str) -> dict[str, torch.Tensor]:
+    """A ViTReg classifier's state dict under the names of timm's VisionTransformer."""
+    renamed = dinov2_state_dict({name.removeprefix("vitreg."): tensor for name, tensor in state_dict.items()})
+    for pattern, replacement in [*TIMM_NAMES, *([(r"^norm\.", "fc_norm.")] if final_norm == "pooled" else [])]:
+        renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in renamed.items()}
+    # the query of timm's attention pooling is apart from its keys and values
+    for name in [name for name in renamed if name.startswith("attn_pool.qkv.")]:
+        query, key, value = renamed.pop(name).chunk(3)
+        renamed |= {name.replace("qkv", "q"): query, name.replace("qkv", "kv"): torch.cat([key, value])}
+    return renamed
+
+
+TRANSFORMERS_DINOV3_NAMES = [
+    (r"^encoder\.layer\.", "model.layer."),
+    (r"^layernorm\.", "norm."),
+    (r"patch_embeddings\.projection\.", "patch_embeddings."),
+    (r"residual(\d)\.", r"layer_scale\1."),
+    (r"mlp\.fc1\.", "mlp.up_proj."),
+    (r"mlp\.fc2\.", "mlp.down_proj."),
+]
+
+
+def transformers_dinov3_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A ViTReg state dict under the names of transformers' DINOv3, which computes its periods and stores none."""
+    renamed = {name: tensor for name, tensor in state_dict.items() if "rotary_embeddings" not in name}
+    for pattern, replacement in TRANSFORMERS_DINOV3_NAMES:
+        renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in renamed.items()}
+    mask_token = renamed["embeddings.mask_token"][None]
+    # theirs has registers even where they are none
+    return {"embeddings.register_tokens": mask_token[:, :0], **renamed, "embeddings.mask_token": mask_token}
+
+
+TRANSFORMERS_DEIT_NAMES = [
+    (r"^vitreg\.encoder\.layer\.", "deit.layers."),
+    (r"^vitreg\.", "deit."),
+    (r"norm1\.", "layernorm_before."),
+    (r"norm2\.", "layernorm_after."),
+    (r"^classifier\.", "cls_classifier."),
+]
+
+
+def transformers_deit_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A ViTReg classifier's state dict under the names of transformers' DeiT with a teacher."""
+    for pattern, replacement in TRANSFORMERS_DEIT_NAMES:
+        state_dict = {re.sub(pattern, replacement, name): tensor for name, tensor in state_dict.items()}
+    return state_dict
+
+
+ORIGINAL_DINOV3_NAMES = [
+    (r"^(cls_token|mask_token)", r"embeddings.\1"),
+    (r"^storage_tokens", "embeddings.register_tokens"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^rope_embed\.", "encoder.rotary_embeddings."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"^norm\.", "layernorm."),
+    (r"^cls_norm\.", "prefix_layernorm."),
+    (r"attn\.proj\.", "attention.o_proj."),
+    (r"attn\.([qkv])_proj\.", r"attention.\1_proj."),
+    (r"ls(\d)\.gamma", r"residual\1.lambda1"),
+    (r"mlp\.w1\.", "mlp.gate_proj."),
+    (r"mlp\.w2\.", "mlp.up_proj."),
+    (r"mlp\.w3\.", "mlp.down_proj."),
+]
+
+
+def from_original_dinov3(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of the original DINOv3 under our names.
+
+    Left behind: the norm of local crops, which only training uses, and the bias of the keys with the mask that
+    silences it.
+    """
+    renamed = {}
+    for name, tensor in state_dict.items():
+        if ".qkv.weight" in name or name.endswith(".qkv.bias"):
+            parts = dict(zip("qkv", tensor.chunk(3)))
+            parts = parts if name.endswith("weight") else {"q": parts["q"], "v": parts["v"]}
+            renamed |= {name.replace("qkv", f"{part}_proj"): chunk.clone() for part, chunk in parts.items()}
+        elif not name.startswith("local_cls_norm.") and not name.endswith(".bias_mask"):
+            renamed[name] = tensor
+    for pattern, replacement in ORIGINAL_DINOV3_NAMES:
+        renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in renamed.items()}
+    return renamed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from reference import COLS, NUM_REGISTERS, ROWS, tiny_config
+from reference import COLS, NUM_REGISTERS, ROPE, ROWS, VARIANTS, WITHOUT_CLS, tiny_config
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 
@@ -19,6 +19,26 @@ def test_defaults_are_vit_base_with_four_registers():
 @pytest.mark.parametrize("num_register_tokens", [0, 1, NUM_REGISTERS])
 def test_prefix_is_cls_and_the_registers(num_register_tokens):
     assert tiny_config(num_register_tokens=num_register_tokens).num_prefix_tokens == 1 + num_register_tokens
+
+
+@pytest.mark.parametrize(
+    ("values", "num_prefix_tokens", "num_prefix_positions"),
+    [
+        ({}, 6, 1),
+        ({"position_embedding_type": "patches"}, 6, 0),
+        ({"position_embedding_type": "prefix_patches"}, 6, 6),
+        (ROPE, 6, 0),
+        ({"use_distillation_token": True}, 7, 1),
+        ({"use_distillation_token": True, "position_embedding_type": "prefix_patches"}, 7, 7),
+        (VARIANTS["attended"], 5, 0),
+        (VARIANTS["mean"], 5, 5),
+        ({**VARIANTS["mean"], "num_register_tokens": 0}, 0, 0),
+    ],
+)
+def test_prefix_is_cls_distillation_and_registers_as_the_last(values, num_prefix_tokens, num_prefix_positions):
+    config = tiny_config(**values)
+    assert (config.num_prefix_tokens, config.num_prefix_positions) == (num_prefix_tokens, num_prefix_positions)
+    assert config.register_slice == slice(num_prefix_tokens - config.num_register_tokens, num_prefix_tokens)
 
 
 def test_grid_has_rows_before_columns():
@@ -68,6 +88,15 @@ def test_saved_and_loaded_config_is_equal(tmp_path, image_size, layerscale_value
     assert (loaded.out_features, loaded.out_indices) == (["stage1", "stage3"], [1, 3])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_and_loaded_variant_is_equal(tmp_path, variant):
+    config = tiny_config(**VARIANTS[variant])
+    config.save_pretrained(tmp_path)
+    loaded = ViTRegConfig.from_pretrained(tmp_path)
+    assert loaded.to_json_string() == config.to_json_string()
+    assert {name: getattr(loaded, name) for name in VARIANTS[variant]} == VARIANTS[variant]
+
+
 def test_loaded_config_can_be_changed(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     changed = ViTRegConfig.from_pretrained(tmp_path, num_register_tokens=2, drop_path_rate=0.3)
@@ -102,9 +131,33 @@ def test_configs_share_no_auto_map():
     [
         ({"num_register_tokens": -1}, "num_register_tokens must be 0 or more, got -1"),
         ({"register_init_std": 0.0}, "register_init_std must be positive, got 0.0.*stay equal"),
+        ({"patch_size": 0}, "patch_size must be 1 or more, got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be 1 or more, got 0"),
+        ({"hidden_act": "gulu"}, "hidden_act 'gulu' is not known. There are .*gelu"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and less than 1, got -0.1"),
+        ({"interpolate_offset": 1.0}, "interpolate_offset must be 0 or more and below 1, got 1.0"),
+        ({"interpolate_offset": -0.1}, "interpolate_offset must be 0 or more and below 1, got -0.1"),
+        ({"rope_theta": 0}, "rope_theta must be positive, got 0.*DINOv3 uses 100"),
+        ({"pos_embed_shift": -1}, "pos_embed_shift must be 0 or more, or None, got -1"),
+        ({"pos_embed_jitter": 0.5}, "pos_embed_jitter must be 1 or more, or None, got 0.5"),
+        ({"pos_embed_rescale": 0}, "pos_embed_rescale must be 1 or more, or None, got 0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and less than 1, got 1.0"),
         ({"image_size": (21, 6)}, r"image_size \(21, 6\) must be at least one patch of 7 pixels"),
         ({"classifier_layout": "last4_cls_mean", "num_hidden_layers": 3}, "reads four layers.*num_hidden_layers=3"),
+        ({"classifier_layout": "last4_cls", "num_hidden_layers": 3}, 'reads four layers.*Choose "cls" or "cls_mean"'),
+        ({"classifier_layout": "last4_cls", "final_norm": "none"}, 'reads normalized tokens.*final_norm="none"'),
+        ({"use_cls_token": False}, 'position_embedding_type="cls_patches" needs a CLS token.*use_cls_token=False'),
+        ({**WITHOUT_CLS, "pooler_type": "cls"}, 'pooler_type="cls" needs a CLS token.*pooler_type="mean" or "map"'),
+        (
+            {**WITHOUT_CLS, "pooler_type": "mean", "classifier_layout": "cls_mean"},
+            'classifier_layout="cls_mean" needs a CLS token.*classifier_layout="pooled"',
+        ),
+        ({"classifier_layout": "cls_distillation"}, "needs use_distillation_token=True"),
+        (
+            {"final_norm": "pooled"},
+            'final_norm="pooled" has weights that only classifier_layout="pooled" reads.*cls_mean',
+        ),
+        ({"pooler_type": "map", "classifier_layout": "cls"}, 'pooler_type="map" has weights.*classifier_layout="cls"'),
     ],
 )
 def test_impossible_values_are_refused_with_the_remedy(values, message):
@@ -119,6 +172,11 @@ def test_impossible_values_are_refused_with_the_remedy(values, message):
         {"num_register_tokens": 1.5},
         {"drop_path_schedule": "cosine"},
         {"classifier_layout": "registers"},
+        {"position_embedding_type": "sinusoidal"},
+        {"rope_normalize_coords": "mean"},
+        {"final_norm": "batch"},
+        {"pooler_type": "max"},
+        {"projection_dim": 1.5},
         {"image_size": "224"},
         {"use_mask_token": "yes"},
     ],

@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference import NUM_REGISTERS, TINY, images, randomize, relative_error, tiny_config
+from reference import NUM_REGISTERS, ROPE, TINY, VARIANTS, images, randomize, relative_error, tiny_config
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
@@ -59,6 +59,29 @@ def test_compiled_whole_model_equals_eager_and_serves_many_sizes_with_few_progra
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("variant", ["rope_untied", "attended", "normed_queries"])
+@torch.no_grad()
+def test_compiled_variant_equals_eager(variant):
+    torch.compiler.reset()
+    model = make(ViTRegForImageClassification, num_hidden_layers=4, **VARIANTS[variant])
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((28, 42), (63, 70), (49, 21)):
+        pixel_values = images(*size)
+        assert relative_error(compiled(pixel_values).logits, model(pixel_values).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_compiled_rotation_serves_many_sizes_with_one_program():
+    torch.compiler.reset()
+    model, counter = make(ViTRegModel, num_hidden_layers=2, **ROPE, rope_normalize_coords="max"), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in [*SIZES, (14, 35), (28, 28), (42, 21), (56, 63), (63, 14)]:
+        pixel_values = images(*size)
+        assert relative_error(compiled(pixel_values)[0], model(pixel_values)[0]) < 1e-5
+    # the first, and the one that torch makes general when it sees another size
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
 def test_compiled_whole_model_returns_hidden_states_and_attentions(model_class):
     torch.compiler.reset()
@@ -71,15 +94,18 @@ def test_compiled_whole_model_returns_hidden_states_and_attentions(model_class):
         assert all(torch.equal(*pair) for pair in zip(actual[name], expected[name]))
 
 
-@pytest.mark.parametrize("layout", ["cls", "last4_cls_mean"])
-def test_compiled_training_step_has_the_gradients_of_an_eager_one(layout):
+@pytest.mark.parametrize(
+    "values", [{"classifier_layout": "cls"}, {"classifier_layout": "last4_cls_mean"}, VARIANTS["rope"]]
+)
+def test_compiled_training_step_has_the_gradients_of_an_eager_one(values):
     torch.compiler.reset()
-    model = make(ViTRegForImageClassification, num_hidden_layers=4, classifier_layout=layout, use_mask_token=True)
+    model = make(ViTRegForImageClassification, num_hidden_layers=4, use_mask_token=True, **values)
     pixel_values, labels = images(), torch.tensor([10, 3])
     steps = [model.train(), torch.compile(model, fullgraph=True, backend="aot_eager")]
     gradients = []
     for step in steps:
         model.zero_grad()
+        torch.manual_seed(0)
         step(pixel_values, labels=labels).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, expected in gradients[0].items():
@@ -121,6 +147,16 @@ def assert_serves_every_size(program, model):
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
 def test_exported_model_serves_every_size_and_batch(model_class, convention):
     model = make(model_class, num_hidden_layers=2, **convention)
+    assert_serves_every_size(export(model, DYNAMIC), model)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [ROPE, {**ROPE, "rope_normalize_coords": "max"}, VARIANTS["attended"]],
+    ids=["rope", "rope by the longer side", "attended"],
+)
+def test_exported_variant_serves_every_size_and_batch(values):
+    model = make(ViTRegModel, num_hidden_layers=2, **values)
     assert_serves_every_size(export(model, DYNAMIC), model)
 
 
@@ -262,12 +298,30 @@ def test_offloaded_model_equals_the_model_in_memory(folder, tmp_path, where, who
     assert_equals_in_memory(model, folder)
 
 
-def test_layers_are_never_split_between_devices():
-    device_map = accelerate.infer_auto_device_map(
-        make(ViTRegModel), max_memory={0: 200_000, "cpu": 10**9}, no_split_module_classes=ViTRegModel._no_split_modules
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("whole_layers", [False, True])
+def test_offloaded_variant_equals_the_variant_in_memory(tmp_path, variant, whole_layers):
+    make(ViTRegForImageClassification, **VARIANTS[variant]).save_pretrained(tmp_path)
+    model = ViTRegForImageClassification.from_pretrained(tmp_path)
+    classes = model._no_split_modules if whole_layers else None
+    accelerate.cpu_offload(
+        model, execution_device=torch.device("cpu"), offload_buffers=True, preload_module_classes=classes
     )
-    assert set(device_map.values()) == {0, "cpu"}
-    assert all(name.count(".") <= 2 for name in device_map), device_map
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert_equals_in_memory(model, tmp_path)
+
+
+@pytest.mark.parametrize("values", [{}, VARIANTS["attended"]])
+def test_layers_are_never_split_between_devices(values):
+    model, seen = make(ViTRegModel, **values), set()
+    for memory in range(50_000, 900_000, 25_000):
+        device_map = accelerate.infer_auto_device_map(
+            model, max_memory={0: memory, "cpu": 10**9}, no_split_module_classes=model._no_split_modules
+        )
+        seen |= set(device_map.values())
+        whole = all(name.count(".") <= (2 if name.startswith("encoder") else 0) for name in device_map)
+        assert whole, device_map
+    assert seen == {0, "cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])

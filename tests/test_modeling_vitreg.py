@@ -3,6 +3,7 @@
 """Contracts of the model that no other implementation can be asked about; tests/test_parity.py holds the rest."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -11,8 +12,11 @@ from reference import (
     BATCH_SIZE,
     COLS,
     NUM_REGISTERS,
+    ROPE,
     ROWS,
     TINY,
+    VARIANTS,
+    WITHOUT_CLS,
     images,
     randomize,
     relative_error,
@@ -26,7 +30,7 @@ from hf_vitreg import ViTRegBackbone, ViTRegConfig, ViTRegForImageClassification
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = TINY["hidden_size"], TINY["num_hidden_layers"], TINY["num_attention_heads"]
 NUM_TOKENS = 1 + NUM_REGISTERS + ROWS * COLS
-LAYOUTS = ["cls", "cls_mean", "last4_cls_mean"]
+LAYOUTS = ["cls", "cls_mean", "last4_cls", "last4_cls_mean"]
 MODEL_CLASSES = [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone]
 CONVENTIONS = [
     {"interpolate_offset": 0.0, "interpolate_antialias": True},
@@ -99,6 +103,44 @@ def test_registers_follow_cls_and_carry_no_position(pixel_values):
     torch.testing.assert_close(moved[:, 1 + NUM_REGISTERS :], torch.ones(BATCH_SIZE, ROWS * COLS, HIDDEN_SIZE))
 
 
+# beside each: the tokens before the registers, and how many tokens have a position
+PREFIXES = [
+    ({"use_distillation_token": True}, ["cls_token", "distillation_token"], 1),
+    (
+        {"use_distillation_token": True, "position_embedding_type": "prefix_patches"},
+        ["cls_token", "distillation_token"],
+        7,
+    ),
+    ({"position_embedding_type": "prefix_patches"}, ["cls_token"], 6),
+    ({"position_embedding_type": "patches"}, ["cls_token"], 0),
+    (VARIANTS["rope"], ["cls_token"], 0),
+    (VARIANTS["attended"], [], 0),
+    (VARIANTS["mean"], [], 5),
+]
+
+
+@pytest.mark.parametrize(("values", "names", "num_positions"), PREFIXES)
+def test_registers_are_the_last_of_the_prefix(pixel_values, values, names, num_positions):
+    model = make(**values)
+    embeddings = model.embeddings
+    expected = torch.cat([getattr(embeddings, name) for name in [*names, "register_tokens"]], dim=1)
+    if num_positions:
+        expected[:, :num_positions] += embeddings.position_embeddings[:, :num_positions]
+    assert model.config.num_prefix_tokens == expected.shape[1]
+    assert torch.equal(embeddings(pixel_values)[:, : expected.shape[1]], expected.expand(BATCH_SIZE, -1, -1))
+    output = model(pixel_values)
+    registers = output.last_hidden_state[:, len(names) : len(names) + NUM_REGISTERS]
+    assert torch.equal(output.register_tokens, registers)
+    assert torch.equal(output.patch_tokens, output.last_hidden_state[:, len(names) + NUM_REGISTERS :])
+
+
+@pytest.mark.parametrize("values", [WITHOUT_CLS, {**WITHOUT_CLS, **ROPE}])
+def test_model_may_have_patches_only(values):
+    output = make(**values, pooler_type="mean", num_register_tokens=0)(images(28, 35))
+    assert output.last_hidden_state.shape == (BATCH_SIZE, 4 * 5, HIDDEN_SIZE)
+    assert output.register_tokens.shape == (BATCH_SIZE, 0, HIDDEN_SIZE)
+
+
 def test_patches_are_in_rows(pixel_values):
     model = make()
     changed = pixel_values.clone()
@@ -139,6 +181,221 @@ def test_positions_are_interpolated_in_float32(convention):
     actual = embeddings.interpolated_position_embeddings(5, 11)[1]
     assert actual.dtype == torch.bfloat16
     assert torch.equal(actual, embeddings.float().interpolated_position_embeddings(5, 11)[1].to(torch.bfloat16))
+
+
+# Rotation
+
+
+def rope_model(model_class=ViTRegModel, **overrides):
+    """Its periods are those of no `rope_theta`."""
+    model = make(model_class, **{**ROPE, **overrides})
+    periods = model.base_model.encoder.rotary_embeddings.periods
+    periods.copy_(1 + 9 * torch.rand(periods.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def coordinates(rotation: tuple[torch.Tensor, torch.Tensor], periods: torch.Tensor) -> torch.Tensor:
+    """Those of rows and columns, `(rows * cols, 2)`, that these angles were made from, if they are small."""
+    cosines, sines = (angles[1 + NUM_REGISTERS :] for angles in rotation)
+    return torch.atan2(sines, cosines)[:, : 2 * len(periods)].unflatten(1, (2, -1))[..., -1] * periods[-1] / math.tau
+
+
+@pytest.mark.parametrize(("normalize", "divisors"), [("separate", (5, 3)), ("max", (5, 5)), ("min", (3, 3))])
+def test_angles_equal_the_formula_computed_by_hand(normalize, divisors):
+    rows, cols, quarter = 5, 3, HIDDEN_SIZE // NUM_HEADS // 4
+    rotary_embeddings = rope_model(rope_normalize_coords=normalize).encoder.rotary_embeddings
+    expected = torch.zeros(1 + NUM_REGISTERS + rows * cols, 4 * quarter)
+    for row in range(rows):
+        for col in range(cols):
+            for channel in range(4 * quarter):
+                axis = channel // quarter % 2
+                coordinate = 2 * ((row, col)[axis] + 0.5) / divisors[axis] - 1
+                angle = math.tau * coordinate / rotary_embeddings.periods[channel % quarter]
+                expected[1 + NUM_REGISTERS + row * cols + col, channel] = angle
+    actual = rotary_embeddings(rows, cols)
+    torch.testing.assert_close(actual, (expected.cos(), expected.sin()))
+    assert torch.equal(actual[0][: 1 + NUM_REGISTERS], torch.ones(1 + NUM_REGISTERS, 4 * quarter))
+
+
+@pytest.mark.parametrize("normalize", ["max", "min"])
+def test_coordinates_differ_by_their_divisor_off_square_only(normalize):
+    separate, other = rope_model(), rope_model(rope_normalize_coords=normalize)
+    for size, is_square in (((35, 35), True), ((21, 49), False), ((49, 21), False)):
+        pixel_values = images(*size)
+        tokens = [model(pixel_values).last_hidden_state for model in (separate, other)]
+        assert torch.equal(*tokens) == is_square
+
+
+def test_cls_and_registers_are_not_rotated(pixel_values):
+    """What they are to each other depends on no angle, what they are to the patches does."""
+    model = rope_model()
+
+    def logits():
+        maps = model.get_attention_maps(pixel_values, 0, "all")[:, :, : 1 + NUM_REGISTERS].log()
+        return maps - maps[..., :1]
+
+    before = logits()
+    model.encoder.rotary_embeddings.periods.mul_(1.7)
+    after = logits()
+    torch.testing.assert_close(before[..., : 1 + NUM_REGISTERS], after[..., : 1 + NUM_REGISTERS])
+    assert (before - after)[..., 1 + NUM_REGISTERS :].abs().mean() > 0.1
+
+
+def test_new_periods_follow_theta():
+    periods = ViTRegModel(tiny_config(**ROPE, rope_theta=81.0)).encoder.rotary_embeddings.periods
+    torch.testing.assert_close(periods, torch.tensor([1.0, 3.0, 9.0, 27.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_stored_periods_are_used_to_the_last_bit_in_every_dtype(tmp_path, model_class, dtype):
+    model = rope_model(model_class)
+    expected = model.base_model.encoder.rotary_embeddings.periods
+    assert not torch.equal(expected, expected.bfloat16().float())
+    model.save_pretrained(tmp_path / "first")
+    model_class.from_pretrained(tmp_path / "first", dtype=dtype).save_pretrained(tmp_path / "second")
+    loaded = model_class.from_pretrained(tmp_path / "second", dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    actual = loaded.base_model.encoder.rotary_embeddings.periods
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
+def augmented(seed: int, **option) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates without and with an option of training."""
+    rotary_embeddings = rope_model(**option).encoder.rotary_embeddings
+    rotary_embeddings.periods.fill_(50)
+    plain = coordinates(rotary_embeddings(5, 3), rotary_embeddings.periods)
+    torch.manual_seed(seed)
+    return plain, coordinates(rotary_embeddings.train()(5, 3), rotary_embeddings.periods)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shift_moves_each_axis_by_less_than_it_says(seed):
+    plain, shifted = augmented(seed, pos_embed_shift=0.3)
+    shifts = (shifted - plain)[0]
+    torch.testing.assert_close(shifted, plain + shifts, rtol=0, atol=1e-4)
+    assert shifts.abs().max() < 0.3 and (shifts[0] - shifts[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("option", "is_one"), [("pos_embed_jitter", False), ("pos_embed_rescale", True)])
+def test_jitter_scales_each_axis_and_rescale_both(option, is_one, seed):
+    plain, scaled = augmented(seed, **{option: 1.7})
+    factors = (scaled / plain)[0]
+    torch.testing.assert_close(scaled, plain * factors, rtol=0, atol=1e-4)
+    assert factors.min() > 1 / 1.7 and factors.max() < 1.7
+    assert ((factors[0] - factors[1]).abs() < 1e-4) == is_one
+
+
+@pytest.mark.parametrize("option", ["pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"])
+def test_coordinates_are_augmented_in_training_only(pixel_values, option):
+    model, plain = rope_model(**{option: 1.7}), rope_model()
+    expected = plain(pixel_values).last_hidden_state
+    assert torch.equal(model(pixel_values).last_hidden_state, expected)
+    model.train()
+    first, second = (model(pixel_values).last_hidden_state for _ in range(2))
+    assert relative_error(first, expected) > 1e-3 and relative_error(first, second) > 1e-3
+    assert torch.equal(plain.train()(pixel_values).last_hidden_state, expected)
+
+
+def test_rotation_needs_heads_of_whole_quarters():
+    with pytest.raises(ValueError, match="heads of a multiple of 4 channels, got 6"):
+        ViTRegModel(tiny_config(**ROPE, num_attention_heads=8))
+
+
+# Norms and pooling
+
+
+def test_every_norm_has_the_epsilon_of_the_config():
+    values = {"use_qk_norm": True, "use_pre_layernorm": True, "final_norm": "untied", "pooler_type": "map"}
+    model = make(**values, classifier_layout="pooled", layer_norm_eps=1e-3)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    # in every layer before attention and MLP, of queries and keys; before all layers, two after, one in the pooler
+    assert len(norms) == 4 * NUM_LAYERS + 4
+    assert {norm.eps for norm in norms} == {1e-3}
+
+
+def test_untied_norms_are_of_the_prefix_and_of_the_patches(pixel_values):
+    model = make(final_norm="untied")
+    output = model(pixel_values, output_hidden_states=True)
+    prefix, patches = output.hidden_states[-1].tensor_split([1 + NUM_REGISTERS], dim=1)
+    expected = torch.cat([model.prefix_layernorm(prefix), model.layernorm(patches)], dim=1)
+    assert torch.equal(output.last_hidden_state, expected)
+    backbone = ViTRegBackbone(tiny_config(final_norm="untied", return_prefix_tokens=True)).eval()
+    backbone.load_state_dict(model.state_dict())
+    maps = backbone(pixel_values)
+    assert torch.equal(maps.feature_maps[0].flatten(2).mT, output.patch_tokens)
+    assert torch.equal(maps.cls_tokens[0], output.pooler_output)
+    assert torch.equal(maps.register_tokens[0], output.register_tokens)
+
+
+def test_mean_may_be_normed_before_or_after(pixel_values):
+    before, after = make(**VARIANTS["mean"]), make(**VARIANTS["mean_normed"])
+    output = before(pixel_values)
+    torch.testing.assert_close(output.pooler_output, output.patch_tokens.mean(dim=1))
+    output = after(pixel_values, output_hidden_states=True)
+    assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
+    torch.testing.assert_close(output.pooler_output, after.layernorm(output.patch_tokens.mean(dim=1)))
+
+
+def test_projection_is_of_what_was_pooled_and_no_part_of_the_classifier(pixel_values):
+    model, classifier = make(projection_dim=29), make(ViTRegForImageClassification, projection_dim=29)
+    output = model(pixel_values)
+    torch.testing.assert_close(output.image_embeds, output.pooler_output @ model.projection.weight.T)
+    assert make()(pixel_values).image_embeds is None
+    assert not [name for name, _ in classifier.named_parameters() if "projection" in name and "patch" not in name]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_backbone_of_every_variant_computes_what_the_model_does(variant):
+    model, pixel_values = make(**VARIANTS[variant]), images(28, 35)
+    backbone = ViTRegBackbone(tiny_config(**VARIANTS[variant])).eval()
+    unread = backbone.load_state_dict(model.state_dict(), strict=False)
+    assert unread.missing_keys == []
+    output, expected = (
+        backbone(pixel_values, output_hidden_states=True),
+        model(pixel_values, output_hidden_states=True),
+    )
+    torch.testing.assert_close(output.hidden_states, expected.hidden_states, rtol=0, atol=0)
+    assert torch.equal(output.feature_maps[0].flatten(2).mT, expected.patch_tokens)
+
+
+def overwrite_last(model, tokens: slice):
+    """Hook that overwrites these tokens after the last attention."""
+
+    def hook(module, args, output):
+        output = output.clone()
+        output[:, tokens] = 1e3
+        return output
+
+    return model.base_model.encoder.layer[-1].residual2.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_registers_are_in_nothing_that_is_pooled(pixel_values, variant):
+    model = make(ViTRegForImageClassification, **VARIANTS[variant])
+    expected = model(pixel_values).logits, model.vitreg(pixel_values).pooler_output
+    overwrite_last(model, model.config.register_slice)
+    actual = model(pixel_values).logits, model.vitreg(pixel_values).pooler_output
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_model_without_cls_has_no_maps_of_it(pixel_values):
+    model = make(**VARIANTS["attended"])
+    with pytest.raises(
+        ValueError, match=r'no CLS token \(use_cls_token=False\). Ask for queries="registers" or "all"'
+    ):
+        model.get_attention_maps(pixel_values, 0)
+
+
+def test_backbone_without_cls_hands_back_registers_only(pixel_values):
+    model = make(ViTRegBackbone, **VARIANTS["mean"], return_prefix_tokens=True)
+    tokens = make(ViTRegBackbone, **VARIANTS["mean"], reshape_hidden_states=False)(pixel_values).feature_maps[0]
+    output = model(pixel_values)
+    assert output.cls_tokens is None
+    assert torch.equal(output.register_tokens[0], tokens[:, :NUM_REGISTERS])
+    assert torch.equal(output.feature_maps[0].flatten(2).mT, tokens[:, NUM_REGISTERS:])
 
 
 # Inputs that cannot be
@@ -278,6 +535,19 @@ def test_the_residual_stream_is_float32_under_autocast():
     assert {state.dtype for state in states.hidden_states} == {torch.float32}
 
 
+PATCHES_ONLY = {**WITHOUT_CLS, **ROPE, "pooler_type": "mean", "num_register_tokens": 0}
+
+
+@pytest.mark.parametrize("values", [*VARIANTS.values(), PATCHES_ONLY], ids=[*VARIANTS, "patches only"])
+def test_the_residual_stream_of_every_variant_is_float32_under_autocast(values):
+    model, pixel_values = make(**{**values, "layerscale_value": None}), images(28, 35)
+    expected = model(pixel_values, output_hidden_states=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pixel_values, output_hidden_states=True)
+    assert {state.dtype for state in output.hidden_states} == {torch.float32}
+    assert relative_error(output.hidden_states[-1], expected.hidden_states[-1]) < 0.05
+
+
 @pytest.mark.parametrize("layerscale_value", [1.0, None])
 def test_drop_path_drops_branches_of_whole_samples_and_keeps_the_mean(layerscale_value):
     residual_module = make(drop_path_rate=0.25, layerscale_value=layerscale_value).encoder.layer[0].residual1
@@ -409,11 +679,40 @@ def test_attention_dropout_works_in_training_only(pixel_values, implementation):
     assert not torch.equal(model(pixel_values).last_hidden_state, model(pixel_values).last_hidden_state)
 
 
-@pytest.mark.parametrize("qkv_bias", [True, False])
-def test_qkv_bias_is_an_option_and_the_output_always_has_one(qkv_bias):
-    attention = make(qkv_bias=qkv_bias).encoder.layer[0].attention
-    assert [(p.bias is not None) for p in (attention.q_proj, attention.k_proj, attention.v_proj)] == [qkv_bias] * 3
-    assert attention.o_proj.bias is not None
+def one_dtype_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """As the kernels that mix none: flash and flex attention."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    return logsumexp_attention(module, query, key, value, attention_mask, scaling)
+
+
+AttentionInterface.register("one_dtype_attention", one_dtype_attention)
+
+
+@pytest.mark.parametrize("variant", ["rope", "normed_queries"])
+@torch.no_grad()
+def test_norms_and_rotation_leave_queries_and_keys_the_dtype_of_the_values(pixel_values, variant):
+    model = make(**VARIANTS[variant])
+    expected = model(pixel_values).last_hidden_state
+    model.set_attn_implementation("one_dtype_attention")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(model(pixel_values).last_hidden_state, expected) < 0.05
+        assert model.get_attention_maps(pixel_values, 0).dtype == torch.bfloat16
+    assert relative_error(model.to(torch.bfloat16)(pixel_values).last_hidden_state.float(), expected) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({}, "qkvo"),
+        ({"qkv_bias": False}, "o"),
+        ({"key_bias": False}, "qvo"),
+        ({"proj_bias": False}, "qkv"),
+        ({"qkv_bias": False, "proj_bias": False}, ""),
+    ],
+)
+def test_biases_of_the_attention_are_options(values, names):
+    attention = make(**values).encoder.layer[0].attention
+    assert [name for name in "qkvo" if getattr(attention, f"{name}_proj").bias is not None] == list(names)
 
 
 QUERIES = {"cls": slice(0, 1), "registers": slice(1, 1 + NUM_REGISTERS), "all": slice(None)}
@@ -428,6 +727,19 @@ def test_attention_maps_are_slices_of_the_attentions(model_class, layer, queries
     maps = model.get_attention_maps(pixel_values, layer, queries)
     assert not maps.requires_grad
     torch.testing.assert_close(maps, expected.detach())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_attention_maps_of_every_variant_are_slices_of_the_attentions(variant):
+    model, pixel_values = make(**VARIANTS[variant]), images(28, 35)
+    tokens = {**QUERIES, "registers": model.config.register_slice}
+    if not model.config.use_cls_token:
+        del tokens["cls"]
+    for layer, expected in enumerate(model(pixel_values, output_attentions=True).attentions):
+        for queries in tokens:
+            maps = model.get_attention_maps(pixel_values, layer, queries)
+            torch.testing.assert_close(maps, expected[:, :, tokens[queries]])
 
 
 def test_attention_maps_are_of_cls_unless_asked_otherwise(pixel_values):
@@ -492,10 +804,32 @@ def test_logits_equal_the_layout_computed_by_hand(pixel_values, layout, num_regi
     features = {
         "cls": [normed[-1][:, 0]],
         "cls_mean": [normed[-1][:, 0], patch_mean],
+        "last4_cls": [normed[layer][:, 0] for layer in (2, 3, 4, 5)],
         "last4_cls_mean": [*(normed[layer][:, 0] for layer in (2, 3, 4, 5)), patch_mean],
     }[layout]
     expected = torch.cat(features, dim=-1) @ model.classifier.weight.T + model.classifier.bias
     torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_distilled_logits_are_the_mean_of_two_classifiers(pixel_values):
+    model = make(ViTRegForImageClassification, **VARIANTS["distilled"])
+    tokens = model.vitreg(pixel_values).last_hidden_state
+    logits = torch.stack([model.classifier(tokens[:, 0]), model.distillation_classifier(tokens[:, 1])])
+    torch.testing.assert_close(model(pixel_values).logits, logits.mean(dim=0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_untied_norms_are_in_every_layout(pixel_values, layout):
+    model = make(ViTRegForImageClassification, classifier_layout=layout, final_norm="untied")
+    expected = model(pixel_values).logits
+    with torch.no_grad():
+        model.vitreg.layernorm.bias.add_(1)
+    assert torch.equal(model(pixel_values).logits, expected) == (layout in ("cls", "last4_cls"))
+    with torch.no_grad():
+        model.vitreg.layernorm.bias.sub_(1)
+        model.vitreg.prefix_layernorm.bias.add_(1)
+    assert not torch.allclose(model(pixel_values).logits, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -505,19 +839,14 @@ def test_registers_are_in_no_mean(pixel_values, layout):
     expected = model(pixel_values).logits
 
     def overwrite(tokens):
-        def hook(module, args, output):
-            output = output.clone()
-            output[:, tokens] = 1e3
-            return output
-
-        handle = model.vitreg.encoder.layer[-1].residual2.register_forward_hook(hook)
+        handle = overwrite_last(model, tokens)
         logits = model(pixel_values).logits
         handle.remove()
         return logits
 
     assert torch.equal(overwrite(slice(1, 1 + NUM_REGISTERS)), expected)
     assert not torch.equal(overwrite(slice(0, 1)), expected)
-    assert torch.equal(overwrite(slice(1 + NUM_REGISTERS, None)), expected) == (layout == "cls")
+    assert torch.equal(overwrite(slice(1 + NUM_REGISTERS, None)), expected) == (layout in ("cls", "last4_cls"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -575,6 +904,16 @@ def test_bfloat16_model_has_a_float32_loss(pixel_values, layout):
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
     output.loss.backward()
     assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs_in_bfloat16(pixel_values, variant):
+    model = make(ViTRegForImageClassification, **VARIANTS[variant])
+    expected = model(pixel_values).logits
+    output = model.to(torch.bfloat16)(pixel_values, labels=torch.tensor([10, 3]), output_hidden_states=True)
+    assert {tensor.dtype for tensor in (output.logits, *output.hidden_states)} == {torch.bfloat16}
+    assert relative_error(output.logits.float(), expected) < 0.1
+    output.loss.backward()
 
 
 # Backbone
@@ -656,6 +995,20 @@ def test_every_parameter_gets_a_gradient_masked_or_not(pixel_values, model_class
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_every_parameter_of_every_variant_gets_a_gradient(pixel_values, model_class, variant):
+    model = make(model_class, **VARIANTS[variant], use_mask_token=True).train()
+    if model_class is ViTRegForImageClassification:
+        model(pixel_values, labels=torch.tensor([10, 3])).loss.backward()
+    elif model_class is ViTRegModel:
+        output = model(pixel_values)
+        (output.pooler_output if output.image_embeds is None else output.image_embeds).square().sum().backward()
+    else:
+        model(pixel_values).feature_maps[0].square().sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def gradients(model, pixel_values):
     model.zero_grad()
     torch.manual_seed(0)
@@ -666,10 +1019,13 @@ def gradients(model, pixel_values):
 
 @pytest.mark.parametrize("kwargs", [{"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("every_n_layers", [1, 2])
-def test_gradient_checkpointing_changes_no_gradient(kwargs, every_n_layers):
+@pytest.mark.parametrize(
+    "values", [{"classifier_layout": "last4_cls_mean"}, VARIANTS["rope_untied"], VARIANTS["rope"]]
+)
+def test_gradient_checkpointing_changes_no_gradient(kwargs, every_n_layers, values):
     # of two images stochastic depth might drop both, and compare zeros
     pixel_values = images(batch_size=8)
-    model = make(ViTRegForImageClassification, drop_path_rate=0.3, classifier_layout="last4_cls_mean").train()
+    model = make(ViTRegForImageClassification, drop_path_rate=0.3, **values).train()
     expected_output, expected = gradients(model, pixel_values)
     model.activation_checkpointing_enable(kwargs, every_n_layers=every_n_layers)
     output, actual = gradients(model, pixel_values)
@@ -736,10 +1092,12 @@ def test_initial_values_are_those_of_dinov2():
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
-@pytest.mark.parametrize("use_swiglu_ffn", [True, False])
-def test_no_parameter_is_forgotten_by_the_initialization(model_class, use_swiglu_ffn):
-    """Filled with NaN beforehand, a parameter that nobody initializes cannot hide."""
-    config = tiny_config(use_mask_token=True, use_swiglu_ffn=use_swiglu_ffn)
+@pytest.mark.parametrize(
+    "values", [{"use_swiglu_ffn": True}, {}, *VARIANTS.values()], ids=["swiglu", "gelu", *VARIANTS]
+)
+def test_no_parameter_is_forgotten_by_the_initialization(model_class, values):
+    """Filled with NaN beforehand, a parameter or a buffer that nobody initializes cannot hide."""
+    config = tiny_config(use_mask_token=True, **values)
     with torch.device("meta"):
         model = model_class(config)
     model.to_empty(device="cpu")
@@ -752,14 +1110,15 @@ def test_no_parameter_is_forgotten_by_the_initialization(model_class, use_swiglu
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
-def test_missing_weights_are_initialized_as_a_new_model_is(monkeypatch, model_class):
+@pytest.mark.parametrize("values", [{}, *VARIANTS.values()], ids=["default", *VARIANTS])
+def test_missing_weights_are_initialized_as_a_new_model_is(monkeypatch, model_class, values):
     def seeded(fill):
         return lambda *args, **kwargs: (torch.manual_seed(0), fill(*args, **kwargs))
 
     # loading draws no numbers that it would throw away, so each weight gets a seed of its own to be comparable
     for name in ("normal_", "trunc_normal_"):
         monkeypatch.setattr(initialization, name, seeded(getattr(initialization, name)))
-    config = tiny_config(use_mask_token=True)
+    config = tiny_config(use_mask_token=True, **values)
     made = model_class(copy.deepcopy(config)).state_dict()
     filled = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict={}).state_dict()
     assert made.keys() == filled.keys()
@@ -787,6 +1146,45 @@ def test_names_of_the_weights_never_change():
     swiglu = [name for name in make(use_swiglu_ffn=True, **config).state_dict() if ".mlp." in name]
     projections = ["gate_proj", "up_proj", "down_proj"]
     assert sorted(swiglu) == sorted(linear(*(f"encoder.layer.0.mlp.{name}" for name in projections)))
+
+
+NOT_IN_ROPE = ["embeddings.position_embeddings", "encoder.layer.0.attention.k_proj.bias"]
+POOLER = [f"pooler.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "norm", "mlp.fc1", "mlp.fc2")]
+# beside each: what it has and the default has not, and the other way round
+NAMES = {
+    "rope": (["encoder.rotary_embeddings.periods"], NOT_IN_ROPE),
+    "rope_untied": (["encoder.rotary_embeddings.periods", *linear("prefix_layernorm")], NOT_IN_ROPE),
+    "distilled": (["embeddings.distillation_token"], [f"encoder.layer.0.residual{index}.lambda1" for index in (1, 2)]),
+    "without_cls_position": ([], []),
+    "projected": (
+        ["projection.weight", *linear("embeddings.pre_layernorm")],
+        ["embeddings.patch_embeddings.projection.bias"],
+    ),
+    "mean": ([], ["embeddings.cls_token"]),
+    "mean_normed": ([], ["embeddings.cls_token"]),
+    "attended": (["pooler.latent", *linear(*POOLER)], ["embeddings.cls_token"]),
+    "normed_queries": (
+        linear("encoder.layer.0.attention.q_norm", "encoder.layer.0.attention.k_norm"),
+        [
+            *(f"encoder.layer.0.attention.{name}_proj.bias" for name in "qkvo"),
+            *(f"encoder.layer.0.mlp.{name}.bias" for name in ("fc1", "fc2")),
+            *linear("layernorm"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_names_of_the_weights_of_every_variant_never_change(variant):
+    variant_config = tiny_config(**VARIANTS[variant])
+    default = set(make(use_swiglu_ffn=variant_config.use_swiglu_ffn).state_dict())
+    names = set(ViTRegModel(variant_config).state_dict())
+    # of the first layer, for all are alike
+    added, absent = (
+        sorted(name for name in difference if not re.search(r"layer\.[1-9]", name))
+        for difference in (names - default, default - names)
+    )
+    assert (added, absent) == tuple(map(sorted, NAMES[variant]))
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)

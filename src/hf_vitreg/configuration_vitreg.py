@@ -95,12 +95,14 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         Whether all tokens are normalized once before the first layer (OpenCLIP).
     final_norm (`str`, *optional*, defaults to `"tokens"`):
         What is normalized after the last layer: `"tokens"`; `"untied"`, CLS and registers by a norm of their own
-        (DINOv3 allows it); `"pooled"`, the pooled vector and no token (timm's `fc_norm`); `"none"`.
+        (DINOv3 allows it); `"pooled"`, the pooled vector and no token (timm's `fc_norm`), which needs
+        `classifier_layout="pooled"`; `"none"`.
     pooler_type (`str`, *optional*, defaults to `"cls"`):
         What `pooler_output` is: `"cls"`, the `"mean"` of the patches, or `"map"`, which attends to the patches with a
-        learned query (SigLIP). Registers are in neither.
+        learned query (SigLIP) and needs `classifier_layout="pooled"`. Registers are in neither.
     projection_dim (`int`, *optional*):
-        Where given, `pooler_output` is projected to this width as `image_embeds` (CLIP).
+        Where given, `pooler_output` is projected to this width as `image_embeds` (CLIP). The classifier reads what is
+        not projected, and has no projection.
     classifier_layout (`str`, *optional*, defaults to `"cls_mean"`):
         What the classifier reads: `"pooled"` (`pooler_output`), or after the final norm `"cls"`, `"cls_mean"` (CLS and
         the mean of the patches), `"last4_cls"` (CLS of the last four layers: DINO's ViT-S), `"last4_cls_mean"` (these
@@ -248,20 +250,26 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"image_size {self.image_size} must be at least one patch of {self.patch_size} pixels each way."
             )
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta must be positive, got {self.rope_theta}. DINOv3 uses 100.")
+        for name, least in (("pos_embed_shift", 0), ("pos_embed_jitter", 1), ("pos_embed_rescale", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, or None, got {value}.")
         self._validate_readers()
         if self.classifier_layout.startswith("last4") and self.num_hidden_layers < 4:
             raise ValueError(
                 f'classifier_layout="{self.classifier_layout}" reads four layers, but '
                 f'num_hidden_layers={self.num_hidden_layers}. Choose "cls" or "cls_mean".'
             )
-        if self.classifier_layout.startswith("last4") and self.final_norm in ("pooled", "none"):
+        if self.classifier_layout.startswith("last4") and self.final_norm == "none":
             raise ValueError(
                 f'classifier_layout="{self.classifier_layout}" reads normalized tokens of four layers, which '
-                f'final_norm="{self.final_norm}" does not give. Choose "pooled".'
+                'final_norm="none" does not give. Choose "cls", "cls_mean" or "pooled".'
             )
 
     def _validate_readers(self):
-        """Raises `ValueError` where something reads a token that there is not."""
+        """Raises `ValueError` where something reads a token that there is not, or nothing reads a pooler."""
         needs = {
             'position_embedding_type="cls_patches"': self.position_embedding_type == "cls_patches",
             'pooler_type="cls"': self.pooler_type == "cls",
@@ -274,6 +282,14 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.classifier_layout == "cls_distillation" and not self.use_distillation_token:
             raise ValueError('classifier_layout="cls_distillation" needs use_distillation_token=True.')
+        # a parameter that no forward uses stops distributed training
+        unread = {'final_norm="pooled"': self.final_norm == "pooled", 'pooler_type="map"': self.pooler_type == "map"}
+        for name in (name for name, has_weights in unread.items() if has_weights):
+            if self.classifier_layout != "pooled":
+                raise ValueError(
+                    f'{name} has weights that only classifier_layout="pooled" reads, got '
+                    f'classifier_layout="{self.classifier_layout}".'
+                )
 
 
 __all__ = ["ViTRegConfig"]

@@ -173,16 +173,18 @@ class ViTRegEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         patches = self._mask(self.patch_embeddings(pixel_values), bool_masked_pos)
         prefix = [self.cls_token, self.distillation_token, self.register_tokens]
-        none = patches.new_empty(1, 0, patches.shape[-1])
-        prefix = torch.cat([none, *(tokens for tokens in prefix if tokens is not None)], dim=1)
+        prefix = [tokens for tokens in prefix if tokens is not None]
+        weight = self.patch_embeddings.projection.weight
+        prefix = torch.cat(prefix, dim=1) if prefix else weight.new_empty(1, 0, patches.shape[-1])
+        tokens = [prefix, patches]
         if self.position_embeddings is not None:
             prefix_positions, patch_positions = self.interpolated_position_embeddings(
                 *(pixels // self.patch_size for pixels in pixel_values.shape[2:])
             )
-            patches = patches + patch_positions  # float32 under autocast, and the residual stream with it
-            num_without = prefix.shape[1] - prefix_positions.shape[1]
-            prefix = prefix + nn.functional.pad(prefix_positions, (0, 0, 0, num_without))
-        tokens = torch.cat([prefix.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
+            with_position, without = prefix.tensor_split([prefix_positions.shape[1]], dim=1)
+            tokens = [with_position + prefix_positions, without, patches + patch_positions]
+        # of the dtype of the parameters: under autocast float32, and the residual stream with it
+        tokens = torch.cat([each.expand(patches.shape[0], -1, -1) for each in tokens], dim=1)
         return self.dropout(self.pre_layernorm(tokens))
 
     def _mask(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
@@ -317,13 +319,21 @@ class ViTRegRotaryEmbeddings(nn.Module):
         return coordinates
 
 
-def _rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Turns pairs of channels, `(batch_size, num_heads, tokens, head_dim)`, by their tokens' angles, in float32."""
-    if rotation is None:
-        return heads
-    cosines, sines = rotation
-    first, second = heads.chunk(2, dim=-1)
-    return (heads * cosines + torch.cat([-second, first], dim=-1) * sines).to(heads.dtype)
+def _normed_and_rotated(
+    heads: torch.Tensor, norm: nn.LayerNorm | None, rotation: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """Queries or keys, `(batch_size, num_heads, tokens, head_dim)`, as they meet, in the dtype of the values.
+
+    The rotation turns pairs of channels by their tokens' angles, in float32.
+    """
+    dtype = heads.dtype
+    if norm is not None:
+        heads = norm(heads)
+    if rotation is not None:
+        cosines, sines = rotation
+        first, second = heads.chunk(2, dim=-1)
+        heads = heads * cosines + torch.cat([-second, first], dim=-1) * sines
+    return heads.to(dtype)
 
 
 def eager_attention_forward(
@@ -364,9 +374,11 @@ class ViTRegAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=key_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.q_norm = self.k_norm = None
         # CODEPATH: some timm models normalize queries and keys
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.use_qk_norm else nn.Identity()
+        if config.use_qk_norm:
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -381,8 +393,8 @@ class ViTRegAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # kept from the attention functions: those that cannot return weights would warn and return none
         output_attentions = kwargs.pop("output_attentions", self.config.output_attentions)
-        query = _rotate(self.q_norm(self._heads(self.q_proj(hidden_states))), position_embeddings)
-        key = _rotate(self.k_norm(self._heads(self.k_proj(hidden_states))), position_embeddings)
+        query = _normed_and_rotated(self._heads(self.q_proj(hidden_states)), self.q_norm, position_embeddings)
+        key = _normed_and_rotated(self._heads(self.k_proj(hidden_states)), self.k_norm, position_embeddings)
         value = self._heads(self.v_proj(hidden_states))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -411,9 +423,9 @@ class ViTRegAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of some tokens to all: `(batch_size, num_heads, num_queries, tokens)`, rows sum to 1."""
-        queries_turn = position_embeddings and tuple(angles[query_tokens] for angles in position_embeddings)
-        query = _rotate(self.q_norm(self._heads(self.q_proj(hidden_states[:, query_tokens]))), queries_turn)
-        key = _rotate(self.k_norm(self._heads(self.k_proj(hidden_states))), position_embeddings)
+        rotation = position_embeddings and tuple(angles[query_tokens] for angles in position_embeddings)
+        query = _normed_and_rotated(self._heads(self.q_proj(hidden_states[:, query_tokens])), self.q_norm, rotation)
+        key = _normed_and_rotated(self._heads(self.k_proj(hidden_states)), self.k_norm, position_embeddings)
         return self._weights(query, key)
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -527,7 +539,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTRegEmbeddings", "ViTRegLayer"]
+    _no_split_modules = ["ViTRegEmbeddings", "ViTRegLayer", "ViTRegAttentionPooling"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -563,11 +575,12 @@ class ViTRegPreTrainedModel(PreTrainedModel):
 
     def _final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of any layer, from CLS on, `(batch_size, tokens, hidden_size)`, as a head reads them."""
-        # CODEPATH: DINOv3 may have a norm of their own for CLS and registers
+        # CODEPATH: DINOv3 allows a norm of their own for CLS and registers
         if self.config.final_norm == "untied":
             num_prefix_tokens = self.config.num_prefix_tokens
             prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
             return torch.cat([self.prefix_layernorm(prefix), self.layernorm(patches)], dim=1)
+        # CODEPATH: most families norm their tokens, timm's `fc_norm` what is pooled from them
         return self.layernorm(tokens) if self.config.final_norm == "tokens" else tokens
 
     @torch.no_grad()
@@ -583,13 +596,13 @@ class ViTRegPreTrainedModel(PreTrainedModel):
                 The tokens that attend: `"cls"`, `"registers"` or `"all"`.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_heads, num_queries, 1 + num_register_tokens + num_patches)`:
+            `torch.Tensor` of shape `(batch_size, num_heads, num_queries, num_prefix_tokens + num_patches)`:
             probabilities, each row sums to 1. For the maps over the image, cut the prefix and unflatten:
             `maps[..., config.num_prefix_tokens:].unflatten(-1, (rows, cols))`.
 
         Raises:
-            `ValueError`: where the layer does not exist, or `queries` is none of the three, or asks for registers of a
-            model that has none.
+            `ValueError`: where the layer does not exist, or `queries` is none of the three, or asks for CLS or
+            registers of a model that has none.
         """
         num_layers = self.config.num_hidden_layers
         rows = {"cls": slice(0, 1), "registers": self.config.register_slice, "all": slice(None)}
@@ -614,7 +627,7 @@ class ViTRegEncoder(ViTRegPreTrainedModel):
     def __init__(self, config: ViTRegConfig):
         super().__init__(config)
         self.rotary_embeddings = None
-        # CODEPATH: DINOv3
+        # CODEPATH: DINOv3 rotates queries and keys, every other family adds positions to its tokens
         if config.position_embedding_type == "rope":
             self.rotary_embeddings = ViTRegRotaryEmbeddings(config)
         self.layer = nn.ModuleList([ViTRegLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
@@ -678,12 +691,14 @@ class ViTRegModel(ViTRegPreTrainedModel):
         super().__init__(config)
         self.embeddings = ViTRegEmbeddings(config)
         self.encoder = ViTRegEncoder(config)
+        # CODEPATH: timm builds encoders without a final norm, which whoever reads them brings along
         self.layernorm = None if config.final_norm == "none" else _layer_norm(config)
+        # CODEPATH: DINOv3 allows a norm of their own for CLS and registers
         self.prefix_layernorm = _layer_norm(config) if config.final_norm == "untied" else None
-        # CODEPATH: SigLIP
+        # CODEPATH: SigLIP has a head that attends, the others take CLS or a mean
         self.pooler = ViTRegAttentionPooling(config) if config.pooler_type == "map" else None
         self.projection = None
-        # CODEPATH: CLIP
+        # CODEPATH: CLIP projects images to where its texts are
         if config.projection_dim is not None:
             self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         # now and not at the first use: torch.compile(fullgraph=True) cannot trace the installation
@@ -721,9 +736,10 @@ class ViTRegModel(ViTRegPreTrainedModel):
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(batch_size, tokens, hidden_size) -> (batch_size, hidden_size)`. Registers are left out."""
         patches = tokens[:, self.config.num_prefix_tokens :]
-        # CODEPATH: CLS in most families, the mean in timm's `gap` models, attention in SigLIP
+        # CODEPATH: CLS in most families
         if self.config.pooler_type == "cls":
             pooled = tokens[:, 0]
+        # CODEPATH: the mean in timm's `gap` models, attention in SigLIP
         elif self.config.pooler_type == "mean":
             pooled = patches.mean(dim=1)
         else:
@@ -743,6 +759,8 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vitreg = ViTRegModel(config)
+        # a parameter that no forward uses stops distributed training
+        self.vitreg.projection = None
         multiple = {"cls_mean": 2, "last4_cls": 4, "last4_cls_mean": 5}.get(config.classifier_layout, 1)
         num_features = multiple * config.hidden_size
         self.classifier = nn.Linear(num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
@@ -826,7 +844,9 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.embeddings = ViTRegEmbeddings(config)
         self.encoder = ViTRegEncoder(config)
+        # CODEPATH: timm's `fc_norm` is of the pooled vector, which no backbone has
         self.layernorm = _layer_norm(config) if config.final_norm in ("tokens", "untied") else None
+        # CODEPATH: DINOv3 allows a norm of their own for CLS and registers
         self.prefix_layernorm = _layer_norm(config) if config.final_norm == "untied" else None
         self.post_init()
 
@@ -859,6 +879,7 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
         cls_tokens = register_tokens = None
         if return_prefix_tokens:
             register_tokens = tuple(tokens[:, self.config.register_slice] for tokens in stages)
+            # CODEPATH: SigLIP and timm's `gap` models have no CLS token
             if self.config.use_cls_token:
                 cls_tokens = tuple(tokens[:, 0] for tokens in stages)
         # CODEPATH: detectors read maps, others may ask for plain token sequences

@@ -42,7 +42,13 @@ from hf_vitreg.data.datasets import (
     load_labelled_images,
     read_image,
 )
-from hf_vitreg.data.transforms import EvalTransform, new_image_processor, resized_image_processor, train_transform
+from hf_vitreg.data.transforms import (
+    EvalTransform,
+    input_size,
+    new_image_processor,
+    resized_image_processor,
+    train_transform,
+)
 from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
@@ -316,7 +322,7 @@ def build_model(recipe: FinetuneRecipe, class_names: list[str], processor) -> Vi
         options["classifier_layout"] = recipe.classifier_layout
     if recipe.model_name_or_path is None:
         sizes = {name: getattr(recipe, name) for name in NEW_MODEL_ONLY}
-        config = ViTRegConfig(image_size=processor.crop_size["height"], **sizes, **options)
+        config = ViTRegConfig(image_size=input_size(processor)[0], **sizes, **options)
         return ViTRegForImageClassification(config)
     return load_checkpoint(recipe, options)
 

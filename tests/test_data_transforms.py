@@ -4,10 +4,16 @@ import PIL.Image
 import pytest
 import torch
 from sample_images import colour_image
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, ViTImageProcessor
 
 from hf_vitreg.data.collate import collate, mixing
-from hf_vitreg.data.transforms import EvalTransform, new_image_processor, resized_image_processor, train_transform
+from hf_vitreg.data.transforms import (
+    EvalTransform,
+    input_size,
+    new_image_processor,
+    resized_image_processor,
+    train_transform,
+)
 from hf_vitreg.recipe import AugmentationOptions
 
 
@@ -46,6 +52,23 @@ def test_another_size_keeps_the_share_that_the_crop_takes():
     assert resized.size["shortest_edge"] == 512
     assert (resized.crop_size["height"], resized.crop_size["width"]) == (448, 448)
     assert resized.resample == PIL.Image.Resampling.BILINEAR
+
+
+def test_a_processor_that_does_not_crop_is_brought_to_another_size_too():
+    square = {"height": 256, "width": 256}
+    processor = BitImageProcessor(size=square, crop_size=square, do_center_crop=False)
+    assert input_size(processor) == (256, 256)
+    resized = resized_image_processor(processor, 112)
+    assert input_size(resized) == (112, 112) and not resized.do_center_crop
+    assert EvalTransform(resized)(colour_image(0, 1, height=30, width=50)).shape == (3, 112, 112)
+    without_crop_size = ViTImageProcessor(size={"height": 224, "width": 224})
+    assert input_size(resized_image_processor(without_crop_size, 96)) == (96, 96)
+
+
+def test_a_processor_for_images_of_any_size_is_refused():
+    processor = BitImageProcessor(size={"shortest_edge": 256}, do_center_crop=False)
+    with pytest.raises(ValueError, match=r"images of different sizes .*Set do_center_crop"):
+        input_size(processor)
 
 
 def test_collate_stacks():

@@ -21,7 +21,8 @@ TOOL = {*MODEL, "features", "data", "metrics", "distributed"}
 ALLOWED = {
     "configuration_vitreg": set(),
     "modeling_vitreg": {"configuration_vitreg"},
-    "__init__": MODEL,
+    "original_layouts": set(),
+    "__init__": {*MODEL, "original_layouts"},
     "recipe": set(),
     "distributed": set(),
     "data": {"recipe", "distributed"},

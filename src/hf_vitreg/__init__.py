@@ -14,6 +14,7 @@ from transformers.models.bit import BitImageProcessorPil
 
 from .configuration_vitreg import ViTRegConfig
 from .modeling_vitreg import ViTRegBackbone, ViTRegForImageClassification, ViTRegModel, ViTRegPreTrainedModel
+from .original_layouts import register_original_layouts
 
 
 AutoConfig.register("vitreg", ViTRegConfig)
@@ -23,6 +24,8 @@ AutoBackbone.register(ViTRegConfig, ViTRegBackbone)
 AutoImageProcessor.register(
     ViTRegConfig, image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil}
 )
+
+register_original_layouts()
 
 # save_pretrained then writes the two Hub files beside the weights
 ViTRegConfig.register_for_auto_class()

@@ -27,14 +27,32 @@ def new_image_processor(image_size: int) -> BitImageProcessor:
     )
 
 
+def input_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width in pixels of what a processor makes of every image.
+
+    Raises:
+        ValueError: where it makes images of different sizes.
+    """
+    crops = getattr(processor, "do_center_crop", None) and processor.crop_size
+    size = dict((processor.crop_size if crops else processor.size) or {})
+    if not size.get("height") or not size.get("width"):
+        raise ValueError(
+            f"The image processor makes images of different sizes (size {dict(processor.size)}, no crop), which no "
+            'batch can hold. Set do_center_crop and crop_size, or size={"height": .., "width": ..}, in '
+            "preprocessor_config.json."
+        )
+    return size["height"], size["width"]
+
+
 def resized_image_processor(processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
-    """The same processor for another crop size, its shorter edge in the same proportion to the crop."""
-    ratio = processor.size["shortest_edge"] / processor.crop_size["height"]
-    settings = {
-        **processor.to_dict(),
-        "size": {"shortest_edge": round(image_size * ratio)},
-        "crop_size": {"height": image_size, "width": image_size},
-    }
+    """The same processor for square images of another size; what it resizes to stays in proportion to the crop."""
+    height, _ = input_size(processor)
+    square = {"height": image_size, "width": image_size}
+    sides = {side: pixels for side, pixels in dict(processor.size).items() if pixels}
+    resized = {side: round(image_size * pixels / height) for side, pixels in sides.items()}
+    settings = {**processor.to_dict(), "size": resized}
+    if settings.get("crop_size"):
+        settings["crop_size"] = square
     return type(processor).from_dict(settings)
 
 
@@ -52,7 +70,7 @@ def train_transform(
     processor: BaseImageProcessor, options: AugmentationOptions
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """Random crop, flip and RandAugment, then the processor's normalization: `PIL.Image -> (3, height, width)`."""
-    size = (processor.crop_size["height"], processor.crop_size["width"])
+    size = input_size(processor)
     scale = (options.random_crop_min_scale, 1.0)
     steps = [
         v2.ToImage(),

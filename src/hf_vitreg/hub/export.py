@@ -217,7 +217,9 @@ def _write(folder: Path, model, image_processor, card, state_dict, max_shard_siz
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size, save_original_format=False)
     image_processor.save_pretrained(folder)
     if isinstance(card, CardFacts):
-        num_parameters = sum(math.prod(shape) for shape in _tensor_shapes(folder).values())
+        buffers = dict(model.named_buffers())
+        shapes = _tensor_shapes(folder)
+        num_parameters = sum(math.prod(shape) for name, shape in shapes.items() if name not in buffers)
         card = render_card(model.config, card, num_parameters)
     if card is not None:
         card.save(folder / CARD)

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0.
 """Forward pass against transformers and timm, and what registers cost: `python benchmarks/inference.py`."""
 
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
@@ -11,9 +12,9 @@ from peers import PATCH_SIZE, SIZES, build, check_equal, tokens
 from rich.console import Console
 from rich.table import Table
 from timing import alternate, save, show, summary
-from torch.utils.flop_counter import FlopCounterMode
 
-from hf_vitreg import ViTRegConfig, ViTRegModel
+from hf_vitreg import ViTRegConfig
+from hf_vitreg.analysis.cost import RegisterCost, register_cost
 
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
@@ -43,7 +44,7 @@ def main(
     rows = summary(seconds)
     setting = f"ViT-{size}/14, 4 registers, {image_size} px, batch {batch_size}, {dtype}, {attention}"
     show(f"Forward: {setting}", rows)
-    registers = register_cost(size)
+    registers = register_cost(ViTRegConfig(image_size=224, patch_size=PATCH_SIZE, **SIZES[size]))
     show_register_cost(size, registers)
     save(
         f"inference_{device.type}_{size}_{dtype}_{attention}",
@@ -52,38 +53,16 @@ def main(
         rounds=rounds,
         relative_differences=differences,
         forward=rows,
-        register_cost=registers,
+        register_cost={number: asdict(row) for number, row in registers.items()},
     )
 
 
-def register_cost(size: str, image_size: int = 224) -> dict[int, dict[str, float]]:
-    """Parameters and counted FLOPs of one image for 0 to 16 registers, and what they add to none, in percent."""
-    cost = {}
-    for number in (0, 1, 2, 4, 8, 16):
-        config = ViTRegConfig(
-            num_register_tokens=number,
-            image_size=image_size,
-            patch_size=PATCH_SIZE,
-            attn_implementation="eager",  # its products are counted on every device
-            **SIZES[size],
-        )
-        with torch.device("meta"):
-            model = ViTRegModel(config)
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, 3, image_size, image_size))
-        cost[number] = {"parameters": model.num_parameters(), "gflops": counter.get_total_flops() / 1e9}
-    for row in cost.values():
-        for quantity in ("parameters", "gflops"):
-            row[f"added_{quantity}_percent"] = 100 * (row[quantity] / cost[0][quantity] - 1)
-    return cost
-
-
-def show_register_cost(size: str, cost: dict[int, dict[str, float]]) -> None:
+def show_register_cost(size: str, cost: dict[int, RegisterCost]) -> None:
     title = f"Registers in ViT-{size}/14 at 224 px (paper: under 2 % FLOPs with 4, up to 6 % with 16)"
     table = Table("registers", "parameters", "added", "GFLOPs an image", "added", title=title)
     for number, row in cost.items():
-        added = (f"{row['added_parameters_percent']:.3f} %", f"{row['added_gflops_percent']:.2f} %")
-        table.add_row(str(number), f"{row['parameters']:,}", added[0], f"{row['gflops']:.3f}", added[1])
+        added = (f"{row.added_parameters_percent:.3f} %", f"{row.added_gflops_percent:.2f} %")
+        table.add_row(str(number), f"{row.parameters:,}", added[0], f"{row.gflops:.3f}", added[1])
     Console().print(table)
 
 

@@ -11,27 +11,20 @@ from pathlib import Path
 
 import torch
 
-from conversion.family import APACHE_2, Architecture, ConversionError, Family, Prepared, Published
-from conversion.linear_heads import read_linear_head
-from conversion.parity import comparison_sizes
-from conversion.published import address, download, locate
-from conversion.reading import describe_source, in_one_dtype
-from conversion.renaming import fill
-from conversion.timm_reference import TimmReference, require_timm
+from conversion.family import APACHE_2, Architecture, Family, Prepared, Published
+from conversion.linear_heads import locate_linear_head, read_linear_head
+from conversion.published import locate
+from conversion.timm_reference import require_timm
 from conversion.vit_layout import (
     BACKBONE_RULES,
     EVERY_BACKBONE_HAS,
     HEAD_DIM,
-    check_image_size,
-    fields_from_shapes,
+    fields_with_grid,
     image_processor,
-    matching_arch,
+    prepare_with_timm,
     read_backbone,
-    shapes_of,
-    side_of_grid,
-    unchunked,
 )
-from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg import ViTRegConfig
 
 
 ARCHITECTURES = {
@@ -42,7 +35,7 @@ ARCHITECTURES = {
 }
 # The files have older names than the models.
 FILES = {"vits16": "deitsmall16", "vits8": "deitsmall8", "vitb16": "vitbase16", "vitb8": "vitbase8"}
-PUBLISHED_HEAD = "imagenet"
+PUBLISHED_HEADS = {"imagenet": "linearweights"}
 
 
 def _path(arch: str, suffix: str) -> str:
@@ -99,52 +92,15 @@ def prepare(
     """
     require_timm()
     located = locate(FAMILY, checkpoint, arch, base_url, cache_dir, license)
-    head_file = None if linear_head is None else _head_file(linear_head, located.arch, base_url, cache_dir)
-
+    head_file = locate_linear_head(FAMILY, linear_head, PUBLISHED_HEADS, _path, located.arch, base_url, cache_dir)
     backbone = read_backbone(located.file)
-    own_config = _config(located.file, backbone.tensors)
-    arch = matching_arch(own_config, located.arch, FAMILY)
-    check_image_size(own_config, image_size, FAMILY.title)
-    head = {} if head_file is None else _read_linear_head(head_file, own_config)
-    tensors, head = in_one_dtype(backbone.tensors, head)
-    reference = TimmReference(own_config, unchunked(tensors), head)
+    own_config = config(fields_with_grid(located.file, backbone.tensors, FAMILY.title, EVERY_BACKBONE_HAS))
+    # eval_linear.py, for validation
     crop = max(224 // own_config.patch_size, 1) * own_config.patch_size
-    return Prepared(
-        model=fill(ViTRegForImageClassification if head else ViTRegModel, own_config, tensors, BACKBONE_RULES, head),
-        image_processor=image_processor(resize=256, crop=crop),
-        reference=reference,
-        reference_name=reference.name,
-        sizes=comparison_sizes(own_config),
-        arch=arch,
-        sources=[describe_source(located.file) | {"backbone": f"{backbone.prefix}*"}]
-        + ([describe_source(head_file)] if head_file is not None else []),
-        left_aside=backbone.left_aside,
-        license=located.license,
-        base_model=located.base_model,
-        heads=backbone.heads,
+    processor = image_processor(resize=256, crop=crop)
+    return prepare_with_timm(
+        FAMILY, located, backbone, own_config, BACKBONE_RULES, processor, image_size, head_file, _read_linear_head
     )
-
-
-def _head_file(linear_head: str, arch: str | None, base_url: str | None, cache_dir: Path | None) -> Path:
-    if Path(linear_head).exists():
-        return Path(linear_head)
-    if linear_head != PUBLISHED_HEAD:
-        raise ConversionError(
-            f"--linear-head {linear_head} is no file. Give one, or {PUBLISHED_HEAD} for the published head."
-        )
-    if arch not in ARCHITECTURES:
-        raise ConversionError(
-            f"--linear-head {PUBLISHED_HEAD} asks for a published head, which fits a published backbone only. Give "
-            "that one's name as CHECKPOINT, or say with --arch which one your file is."
-        )
-    return download(address(FAMILY, _path(arch, "linearweights"), base_url), cache_dir)
-
-
-def _config(file: Path, tensors: Mapping[str, torch.Tensor]) -> ViTRegConfig:
-    shapes = shapes_of(file, tensors, FAMILY.title, (*EVERY_BACKBONE_HAS, "pos_embed"))
-    fields = fields_from_shapes(shapes, FAMILY.title)
-    side = side_of_grid(file, shapes, fields["hidden_size"], 1, FAMILY.title)
-    return config({**fields, "image_size": side * fields["patch_size"]})
 
 
 def _read_linear_head(file: Path, own_config: ViTRegConfig) -> dict[str, torch.Tensor]:

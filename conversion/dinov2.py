@@ -11,15 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from conversion.family import APACHE_2, Architecture, ConversionError, Family, Prepared, Published
-from conversion.linear_heads import read_linear_head
-from conversion.parity import comparison_sizes
-from conversion.published import address, download, locate
-from conversion.reading import describe_source, in_one_dtype
-from conversion.renaming import Rules, fill
-from conversion.timm_reference import TimmReference, require_timm
+from conversion.family import APACHE_2, Architecture, Family, Prepared, Published
+from conversion.linear_heads import locate_linear_head
+from conversion.published import locate
+from conversion.renaming import Rules
+from conversion.timm_reference import require_timm
 from conversion.vit_layout import (
     BACKBONE_RULES,
     EVERY_BACKBONE_HAS,
@@ -27,16 +23,12 @@ from conversion.vit_layout import (
     LAYER_SCALE_RULES,
     NEW,
     OLD,
-    check_image_size,
-    fields_from_shapes,
+    fields_with_grid,
     image_processor,
-    matching_arch,
+    prepare_with_timm,
     read_backbone,
-    shapes_of,
-    side_of_grid,
-    unchunked,
 )
-from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg import ViTRegConfig
 
 
 WITHOUT_REGISTERS = {
@@ -58,7 +50,7 @@ RULES: Rules = {
     OLD + ".mlp.w12.{param}": (NEW + ".mlp.gate_proj.{param}", NEW + ".mlp.up_proj.{param}"),
     OLD + ".mlp.w3.{param}": NEW + ".mlp.down_proj.{param}",
 }
-REQUIRED = (*EVERY_BACKBONE_HAS, "pos_embed", "blocks.0.ls1.gamma")
+REQUIRED = (*EVERY_BACKBONE_HAS, "blocks.0.ls1.gamma")
 PUBLISHED_HEADS = {"1": "linear_head", "4": "linear4_head"}
 
 
@@ -128,51 +120,11 @@ def prepare(
     """
     require_timm()
     located = locate(FAMILY, checkpoint, arch, base_url, cache_dir, license)
-    head_file = None if linear_head is None else _head_file(linear_head, located.arch, base_url, cache_dir)
-
+    head_file = locate_linear_head(FAMILY, linear_head, PUBLISHED_HEADS, _path, located.arch, base_url, cache_dir)
     backbone = read_backbone(located.file)
-    own_config = _config(located.file, backbone.tensors, interpolate_antialias, interpolate_offset)
-    arch = matching_arch(own_config, located.arch, FAMILY)
-    check_image_size(own_config, image_size, FAMILY.title)
-    head = {} if head_file is None else read_linear_head(head_file, own_config)
-    tensors, head = in_one_dtype(backbone.tensors, head)
-    reference = TimmReference(own_config, unchunked(tensors), head)
-    model_class = ViTRegForImageClassification if head else ViTRegModel
+    fields = fields_with_grid(located.file, backbone.tensors, FAMILY.title, REQUIRED)
+    own_config = config(fields, interpolate_antialias, interpolate_offset)
+    # dinov2/data/transforms.py, for evaluation
     crop = max(224 // own_config.patch_size, 1) * own_config.patch_size
-    return Prepared(
-        model=fill(model_class, own_config, tensors, RULES, head),
-        # dinov2/data/transforms.py, for evaluation
-        image_processor=image_processor(resize=256, crop=crop),
-        reference=reference,
-        reference_name=reference.name,
-        sizes=comparison_sizes(own_config),
-        arch=arch,
-        sources=[describe_source(located.file) | {"backbone": f"{backbone.prefix}*"}]
-        + ([describe_source(head_file)] if head_file is not None else []),
-        left_aside=backbone.left_aside,
-        license=located.license,
-        base_model=located.base_model,
-        heads=backbone.heads,
-    )
-
-
-def _head_file(linear_head: str, arch: str | None, base_url: str | None, cache_dir: Path | None) -> Path:
-    if linear_head not in PUBLISHED_HEADS:
-        if not Path(linear_head).exists():
-            raise ConversionError(f"--linear-head {linear_head} is no file. Give one, or 1 or 4 for a published head.")
-        return Path(linear_head)
-    if arch not in ARCHITECTURES:
-        raise ConversionError(
-            f"--linear-head {linear_head} asks for a published head, which fits a published backbone only. Give that "
-            "one's name as CHECKPOINT, or say with --arch which one your file is."
-        )
-    return download(address(FAMILY, _path(arch, PUBLISHED_HEADS[linear_head]), base_url), cache_dir)
-
-
-def _config(
-    file: Path, tensors: Mapping[str, torch.Tensor], antialias: bool | None, offset: float | None
-) -> ViTRegConfig:
-    shapes = shapes_of(file, tensors, FAMILY.title, REQUIRED)
-    fields = fields_from_shapes(shapes, FAMILY.title)
-    side = side_of_grid(file, shapes, fields["hidden_size"], 1, FAMILY.title)
-    return config({**fields, "image_size": side * fields["patch_size"]}, antialias, offset)
+    processor = image_processor(resize=256, crop=crop)
+    return prepare_with_timm(FAMILY, located, backbone, own_config, RULES, processor, image_size, head_file)

@@ -4,12 +4,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_vitreg import ViTRegConfig, ViTRegModel
+from hf_vitreg import ViTRegModel
 
 
 CUSTOM = "custom"  # the architecture of what was not published
@@ -50,6 +51,7 @@ class Architecture:
     num_register_tokens: int = 0
     patch_size: int = 14
     image_size: int | None = None
+    use_distillation_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Family:
         config: Of a model of a published architecture, before a checkpoint is seen.
         model_class: What a published checkpoint becomes.
         spelled: Brings other spellings of names to the one in the tables.
+        fetch: Gets what is not a file below an address: from the path of a published checkpoint, the base URL and the
+            folder of the cache, where these were given.
     """
 
     name: str
@@ -89,9 +93,10 @@ class Family:
     architectures: Mapping[str, Architecture]
     published: Mapping[str, Published]
     base_url: str
-    config: Callable[[Architecture], ViTRegConfig]
+    config: Callable[[Architecture], PreTrainedConfig]
     model_class: type[PreTrainedModel] = ViTRegModel
     spelled: Callable[[str], str] = str
+    fetch: Callable[[str, str | None, Path | None], Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class Prepared:
         tokenizer: Of the text tower, where there is one.
         implementation: What is compared with the reference, and returns outputs of the same names. Where not given,
             the model's tokens and logits.
+        remarks: Sentences on what neither the weights nor the comparison show.
     """
 
     model: PreTrainedModel
@@ -144,3 +150,4 @@ class Prepared:
     heads: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     implementation: Callable[[torch.Tensor], Outputs] | None = None
+    remarks: list[str] = field(default_factory=list)

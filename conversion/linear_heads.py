@@ -2,11 +2,13 @@
 # Licensed under the Apache License, Version 2.0.
 """Linear classifiers that are published beside a backbone, and the names of their classes."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from conversion.family import ConversionError
+from conversion.family import ConversionError, Family
+from conversion.published import address, download
 from conversion.reading import read_leaves
 from conversion.timm_reference import imagenet_labels
 from hf_vitreg import ViTRegConfig
@@ -20,6 +22,45 @@ WORDS = {
     "last4_cls": "CLS of four layers",
     "last4_cls_mean": "CLS of four layers and the mean",
 }
+
+
+def locate_linear_head(
+    family: Family,
+    linear_head: str | None,
+    published: Mapping[str, str],
+    path: Callable[[str, str], str],
+    arch: str | None,
+    base_url: str | None = None,
+    cache_dir: Path | None = None,
+) -> Path | None:
+    """The file that is meant by `--linear-head`; a published one is downloaded.
+
+    Args:
+        family: Of the backbone.
+        linear_head: A file, or a key of `published`.
+        published: What the user types, and the kind of head that is meant.
+        path: From an architecture and a kind to the file, from the family's `base_url` on.
+        arch: The architecture of the backbone, where one is known.
+        base_url: Where the published files are, if not at the family's own address.
+        cache_dir: Where downloads go; the folder of torch.hub where not given.
+
+    Raises:
+        ConversionError: where there is no such file, and where nobody says which published head is meant.
+    """
+    if linear_head is None:
+        return None
+    if linear_head not in published:
+        if not Path(linear_head).exists():
+            raise ConversionError(
+                f"--linear-head {linear_head} is no file. Give one, or {' or '.join(published)} for a published head."
+            )
+        return Path(linear_head)
+    if arch not in family.architectures:
+        raise ConversionError(
+            f"--linear-head {linear_head} asks for a published head, which fits a published backbone only. Give that "
+            "one's name as CHECKPOINT, or say with --arch which one your file is."
+        )
+    return download(address(family, path(arch, published[linear_head]), base_url), cache_dir)
 
 
 def read_linear_head(

@@ -75,7 +75,10 @@ def locate(
     published = family.published[name]
     if arch not in (None, CUSTOM, published.arch):
         raise ConversionError(f"{checkpoint} is {published.arch}, not {arch}. Leave --arch out.")
-    file = download(address(family, published.path, base_url), cache_dir)
+    if family.fetch is not None:
+        file = family.fetch(published.path, base_url, cache_dir)
+    else:
+        file = download(address(family, published.path, base_url), cache_dir)
     own = License(license) if license else published.license
     return Located(file, published.arch, name, own, published.base_model)
 
@@ -118,9 +121,10 @@ def _known_arch(family: Family, arch: str) -> str:
 
 def _published_name(family: Family, checkpoint: str) -> str | None:
     """A published name as it is in the table, `None` for a path."""
-    if not looks_like_name(checkpoint):
-        return None
     name = family.spelled(checkpoint)
+    # a published name may have a slash in it
+    if not looks_like_name(checkpoint) and (name not in family.published or Path(checkpoint).exists()):
+        return None
     if name not in family.published:
         raise ConversionError(
             f"{checkpoint} is neither a file nor a published name. {nearest(name, family.published)}"

@@ -3,6 +3,7 @@
 """Checkpoint files into tensors: nothing in them is run, and their bytes stay in the file until they are used."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import pickle
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from conversion.family import ConversionError
 
@@ -60,6 +62,18 @@ def read_leaves(path: Path) -> dict[str, Any]:
     return leaves
 
 
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Without transformers' own, which would cross ours."""
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+
+
 def describe_source(path: Path) -> dict:
     """Name, size in bytes and sha256 of a file, for the record."""
     with (
@@ -97,6 +111,15 @@ def check_not_a_page(path: Path):
         raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint. Fetch the file itself: git lfs pull.")
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether it is a program with its weights, as torch.jit.save writes it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # arbitrary bytes raise arbitrary errors, and are named when they are read
+        return False
+
+
 def _kind(path: Path) -> str:
     """By its first bytes, since names lie: "safetensors" or "pickle"."""
     if not path.is_file():
@@ -126,6 +149,11 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _load_pickle(path: Path) -> Any:
     # files from before PyTorch 1.6 are no zip archives, and cannot be mapped
     is_zip = zipfile.is_zipfile(path)
+    if is_torchscript(path):
+        raise ConversionError(
+            f"{path} is a TorchScript archive: reading one runs the code in it. Nothing was run. Where you trust it, "
+            "write its state dict with torch.save(torch.jit.load(file).state_dict(), ...)."
+        )
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             # of an unusual pickle protocol; what matters of it becomes an error

@@ -32,5 +32,5 @@ def hint(names: Iterable[str], asked: str) -> str:
     if family in (None, asked):
         return ""
     if family == "vitreg":
-        return " It is a ViTReg checkpoint already: load its folder with from_pretrained."
-    return f" By its names it could be converted by `convert.py {family}`."
+        return "It is a ViTReg checkpoint already: load its folder with from_pretrained."
+    return f"By its names it could be converted by `convert.py {family}`."

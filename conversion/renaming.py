@@ -12,7 +12,7 @@ to `None` is dropped.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +95,41 @@ def rename(
     return account.filled
 
 
+def restore(tensors: Mapping[str, torch.Tensor], rules: Rules) -> dict[str, torch.Tensor]:
+    """The inverse of `rename`: every tensor under its old name, those that were split joined again.
+
+    Joined tensors are built one by one, the others returned as they are: where `tensors` reads a file when it is
+    asked, what is returned takes the bytes of the file once. A part that goes to `None` is filled with zeros, and what
+    may be absent from an old name (`[…]`) is.
+
+    Args:
+        tensors: The model's tensors under their new names.
+        rules: Old name to new name or names, see the top of this file. Of several that give a new name, the first
+            one whose parts are all there.
+
+    Raises:
+        ConversionError: where a tensor has no place in the old layout, or a part of one is missing. It names them.
+    """
+    origins: dict[str, tuple[str | None, ...]] = {}
+    homeless, incomplete = [], []
+    for new in tensors:
+        claims = list(_claims(new, rules))
+        whole = [(old, parts) for old, parts in claims if all(part is None or part in tensors for part in parts)]
+        if whole:
+            old, parts = whole[0]
+            origins[old] = parts
+        elif claims:
+            absent = [part for part in claims[0][1] if part is not None and part not in tensors]
+            incomplete.append(f"{new} without {', '.join(absent)}")
+        else:
+            homeless.append(new)
+    categories = {"tensors have no place there": homeless, "tensors lack the rest of theirs": incomplete}
+    lines = [f"{len(names)} {what}: {shown(names)}" for what, names in categories.items() if names]
+    if lines:
+        raise ConversionError("The layout to write cannot hold the model.\n  " + "\n  ".join(lines))
+    return {old: _joined(tensors, parts) for old, parts in origins.items()}
+
+
 def fill(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping, rules: Rules, head: Mapping = {}
 ) -> PreTrainedModel:
@@ -124,7 +159,9 @@ def fill(
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a storage of its own: of tensors that share one, `save_pretrained` would make copies."""
-    return torch.from_numpy(tensor.contiguous().view(torch.uint8).numpy()).view(tensor.dtype)
+    # flat, because a tensor without dimensions cannot be taken for bytes
+    flat = tensor.contiguous().view(-1)
+    return torch.from_numpy(flat.view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 def shown(names: list[str]) -> str:
@@ -145,10 +182,35 @@ def _parts(tensor: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
     return tensor.chunk(number)
 
 
+def _claims(new: str, rules: Rules) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    """Old names that a new one may come from, each with all of its parts."""
+    for old, templates in rules.items():
+        templates = (templates,) if isinstance(templates, str) else templates
+        for template in filter(None, templates):
+            if match := _pattern(template).fullmatch(new):
+                values = match.groupdict()
+                parts = tuple(each and each.format(**values) for each in templates)
+                yield _without_optional(old).format(**values), parts
+                break
+
+
+def _joined(tensors: Mapping[str, torch.Tensor], parts: tuple[str | None, ...]) -> torch.Tensor:
+    """Parts along the first dimension; those that were dropped have the shape of the others."""
+    if len(parts) == 1:
+        return tensors[parts[0]]
+    there = {part: tensors[part] for part in parts if part is not None}
+    dropped = torch.zeros_like(next(iter(there.values())))
+    return torch.cat([dropped if part is None else there[part] for part in parts])
+
+
+def _without_optional(old: str) -> str:
+    return re.sub(r"\[.*?\]", "", old)
+
+
 def _old_name(name: str, rules: Rules) -> str:
     """The name that would have filled this target, in the words of the checkpoint's owner."""
     for old, new in rules.items():
         for template in (new,) if isinstance(new, str) else filter(None, new):
             if match := _pattern(template).fullmatch(name):
-                return re.sub(r"\[.*?\]", "", old).format(**match.groupdict())
+                return _without_optional(old).format(**match.groupdict())
     return name

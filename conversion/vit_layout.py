@@ -8,7 +8,7 @@ From a file to the backbone's tensors, and from their shapes to a config. What a
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +16,14 @@ import torch
 from transformers import BitImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from conversion.family import CUSTOM, ConversionError, Family
-from conversion.reading import read_leaves
-from conversion.renaming import Rules, shown
-from hf_vitreg import ViTRegConfig
+from conversion.family import CUSTOM, ConversionError, Family, Prepared
+from conversion.linear_heads import read_linear_head, set_labels
+from conversion.parity import comparison_sizes
+from conversion.published import Located
+from conversion.reading import describe_source, in_one_dtype, read_leaves
+from conversion.renaming import Rules, fill, shown
+from conversion.timm_reference import TimmReference
+from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
 
 
 HEAD_DIM = 64  # channels of an attention head in most published sizes
@@ -46,14 +50,15 @@ LAYER_SCALE_RULES: Rules = {
     OLD + ".ls1.gamma": NEW + ".residual1.lambda1",
     OLD + ".ls2.gamma": NEW + ".residual2.lambda1",
 }
+CLASSIFIER_RULES: Rules = {"head.{param}": "classifier.{param}"}
 # One tensor of every kind that no backbone of this layout is without.
 EVERY_BACKBONE_HAS = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
 REGISTERS = ("register_tokens", "storage_tokens", "reg_token")
 
-# What a training checkpoint holds beside the teacher's backbone. A head is under "head" in DINO.
+# What a training checkpoint holds beside the backbone. A projection head is under "head" in DINO.
 TRAINING_PART = re.compile(
-    r"(?:[^.]+\.)*(?:student|(?:(?:dino|ibot)_)?head|dino_loss|ibot_patch_loss|optimizer|fp16_scaler|(?:lr_)?scheduler"
-    r"|args)(?=\.|$)"
+    r"(?:[^.]+\.)*(?:student|model_ema|(?:(?:dino|ibot)_)?head(?=\.(?:mlp|last_layer)\.)|dino_loss|ibot_patch_loss"
+    r"|optimizer|(?:fp16_)?scaler|(?:lr_)?scheduler|args)(?=\.|$)"
 )
 PROJECTION_HEAD = re.compile(r"((?:dino_|ibot_)?head)\.((?:mlp|last_layer)\..+)")
 # The old and the new spelling of weight normalization in torch: magnitude and direction.
@@ -80,18 +85,19 @@ class Backbone:
     left_aside: list[str]
 
 
-def read_backbone(file: Path, training_part: re.Pattern = TRAINING_PART) -> Backbone:
+def read_backbone(file: Path, training_part: re.Pattern = TRAINING_PART, preferred: str = "teacher") -> Backbone:
     """The backbone in a file, of teacher and student the teacher's.
 
     Args:
         file: A state dict, alone or in a training checkpoint.
         training_part: What the names of a training checkpoint's other parts start with.
+        preferred: What the one to evaluate is under where there are several.
 
     Raises:
-        ConversionError: where there are several backbones, and no teacher among them.
+        ConversionError: where there are several backbones, and none or several of them are under `preferred`.
     """
     leaves = read_leaves(file)
-    prefix = _backbone_prefix(file, leaves)
+    prefix = _backbone_prefix(file, leaves, preferred)
     network = re.sub(r"(?:^|(?<=\.))(?:backbone|module)\.$", "", prefix)
     tensors, heads, left_aside = {}, {}, Counter()
     for name, leaf in leaves.items():
@@ -111,11 +117,11 @@ def read_backbone(file: Path, training_part: re.Pattern = TRAINING_PART) -> Back
     return Backbone(prefix, tensors, heads, parts)
 
 
-def _backbone_prefix(file: Path, names: Iterable[str]) -> str:
-    """What stands before the names of the backbone. Of teacher and student the teacher's, the one to evaluate."""
+def _backbone_prefix(file: Path, names: Iterable[str], preferred: str) -> str:
+    """What stands before the names of the backbone."""
     found = [re.fullmatch(r"((?:.*\.)?)(?:cls_token|pos_embed|patch_embed\.proj\.weight)", name) for name in names]
     prefixes = list(dict.fromkeys(match[1] for match in found if match))
-    prefixes = [prefix for prefix in prefixes if "teacher" in prefix.split(".")] or prefixes
+    prefixes = [prefix for prefix in prefixes if preferred in prefix.split(".")] or prefixes
     if len(prefixes) > 1:
         raise ConversionError(
             f"{file} holds several backbones, under {', '.join(map(repr, prefixes))}. Save the one to convert alone."
@@ -132,7 +138,7 @@ def shapes_of(
     file: Path, tensors: Mapping[str, torch.Tensor], title: str, required: Iterable[str] = EVERY_BACKBONE_HAS
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor's shape. `ConversionError` where one that no backbone of the family is without is not there."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in unchunked(tensors).items()}
+    shapes = _shapes(unchunked(tensors))
     absent = [name for name in required if name not in shapes]
     if absent:
         raise ConversionError(
@@ -140,6 +146,10 @@ def shapes_of(
             f"It has {shown(list(tensors))}."
         )
     return shapes
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def fields_from_shapes(shapes: Mapping[str, tuple[int, ...]], title: str) -> dict:
@@ -167,6 +177,20 @@ def fields_from_shapes(shapes: Mapping[str, tuple[int, ...]], title: str) -> dic
         "num_register_tokens": dimensions(shapes, registers[0], 3, title)[1] if registers else 0,
         "use_mask_token": "mask_token" in shapes,
     }
+
+
+def fields_with_grid(
+    file: Path, tensors: Mapping[str, torch.Tensor], title: str, required: Iterable[str], num_prefix_positions: int = 1
+) -> dict:
+    """The fields of `ViTRegConfig` that shapes tell, the number of heads apart, of a model with position embeddings.
+
+    Raises:
+        ConversionError: see `shapes_of`, `fields_from_shapes` and `side_of_grid`.
+    """
+    shapes = shapes_of(file, tensors, title, (*required, "pos_embed"))
+    fields = fields_from_shapes(shapes, title)
+    side = side_of_grid(file, shapes, fields["hidden_size"], num_prefix_positions, title)
+    return {**fields, "image_size": side * fields["patch_size"]}
 
 
 def dimensions(shapes: Mapping[str, tuple[int, ...]], name: str, number: int, title: str) -> tuple[int, ...]:
@@ -270,4 +294,62 @@ def image_processor(
         resample=resample,
         image_mean=list(mean),
         image_std=list(std),
+    )
+
+
+def prepare_with_timm(
+    family: Family,
+    located: Located,
+    backbone: Backbone,
+    config: ViTRegConfig,
+    rules: Rules,
+    processor: BitImageProcessor,
+    image_size: int | None = None,
+    head_file: Path | None = None,
+    read_head: Callable[[Path, ViTRegConfig], dict[str, torch.Tensor]] = read_linear_head,
+) -> Prepared:
+    """The model with timm's beside it: what the families that timm's VisionTransformer can hold end with.
+
+    Args:
+        family: Of the checkpoint.
+        located: What the user asked for.
+        backbone: What was found there.
+        config: What its shapes and its family say; it learns what the classifier reads and its classes are called.
+        rules: Old names to new ones; with `CLASSIFIER_RULES` in families whose checkpoints have a classifier.
+        processor: What turns images into the model's input.
+        image_size: In pixels. What the user says that the position embeddings are for.
+        head_file: A linear head that was trained apart.
+        read_head: Reads it.
+
+    Raises:
+        ConversionError: where the checkpoint is not of the architecture or the size asked for, or not whole.
+    """
+    is_supervised = rules.keys() >= CLASSIFIER_RULES.keys()
+    if is_supervised and backbone.heads:
+        raise ConversionError(
+            f"{located.file} is no {family.title} checkpoint: it has projection heads of self-supervised training, "
+            f"{shown(list(backbone.heads))}."
+        )
+    arch = matching_arch(config, located.arch, family)
+    check_image_size(config, image_size, family.title)
+    head = {} if head_file is None else read_head(head_file, config)
+    has_classifier = is_supervised and "head.weight" in backbone.tensors
+    if has_classifier:
+        set_labels(config, dimensions(_shapes(backbone.tensors), "head.weight", 2, family.title)[0])
+    tensors, head = in_one_dtype(backbone.tensors, head)
+    reference = TimmReference(config, unchunked(tensors), head)
+    model_class = ViTRegForImageClassification if head or has_classifier else ViTRegModel
+    return Prepared(
+        model=fill(model_class, config, tensors, rules, head),
+        image_processor=processor,
+        reference=reference,
+        reference_name=reference.name,
+        sizes=comparison_sizes(config),
+        arch=arch,
+        sources=[describe_source(located.file) | {"backbone": f"{backbone.prefix}*"}]
+        + ([describe_source(head_file)] if head_file is not None else []),
+        left_aside=backbone.left_aside,
+        license=located.license,
+        base_model=located.base_model,
+        heads=backbone.heads,
     )

@@ -15,12 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers.utils import logging
 
 import hf_vitreg
+from conversion.dual_encoder_card import dual_encoder_card
 from conversion.family import ConversionError, Prepared
 from conversion.parity import TOLERANCE, Row
-from conversion.reading import progress_console
+from conversion.reading import progress_console, without_progress_bars
+from hf_vitreg import ViTRegPreTrainedModel
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import PRETRAINING_HEADS, write_model_repository
 
@@ -69,13 +70,47 @@ def atomic_folder(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write(prepared: Prepared, rows: list[Row], output_dir: Path) -> dict:
+def check_output_file(output: Path, overwrite: bool, inputs: list[Path]):
+    """Raises `ConversionError` where the file cannot be written, or where it is one of an input's own."""
+    if output.is_dir():
+        raise ConversionError(f"{output} is a folder. Give the name of a file.")
+    if output.exists() and any(output.resolve().is_relative_to(path.resolve()) for path in inputs):
+        raise ConversionError(f"{output} is a part of what is converted. Give another name.")
+    if output.exists() and not overwrite:
+        raise ConversionError(f"{output} exists. Give another name, or replace it with --overwrite.")
+
+
+@contextlib.contextmanager
+def atomic_file(output: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `output` when the block ends, and vanishes when it fails.
+
+    It gets the permissions of every new file. Interrupts (SIGINT, SIGTERM) are failures too.
+    """
+    target = output.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    with _sigterm_as_exit():
+        try:
+            partial.touch()
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)
+            partial.rename(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write(prepared: Prepared, rows: list[Row], comparison_seconds: float, output_dir: Path) -> dict:
     """A model repository with the record of the conversion, which is returned."""
-    record = conversion_record(prepared, rows)
-    facts = card_facts(prepared, rows, name=output_dir.resolve().name)
+    record = conversion_record(prepared, rows) | {"comparison_seconds": round(comparison_seconds, 3)}
+    card = card_facts(prepared, rows, name=output_dir.resolve().name)
+    if not isinstance(prepared.model, ViTRegPreTrainedModel):
+        card = dual_encoder_card(prepared.model, card, has_tokenizer=prepared.tokenizer is not None)
     with atomic_folder(output_dir) as folder, _one_status(f"Writing {output_dir}"):
         files = {RECORD: json.dumps(record, indent=2) + "\n"}
-        write_model_repository(folder, prepared.model, prepared.image_processor, facts, files)
+        write_model_repository(folder, prepared.model, prepared.image_processor, card, files)
+        if prepared.tokenizer is not None:
+            prepared.tokenizer.save_pretrained(folder)
         if prepared.heads:
             save_file(dict(prepared.heads), folder / PRETRAINING_HEADS)
     return record
@@ -95,8 +130,8 @@ def card_facts(prepared: Prepared, rows: list[Row], name: str) -> CardFacts:
         notes=f"Converted from {sources}, architecture {prepared.arch}. On images of {len(prepared.sizes)} sizes the "
         f"outputs differ from those of {prepared.reference_name} by at most {worst.relative:.1e} of the largest value "
         f"(at {worst.height}x{worst.width} pixels, float32). [{RECORD}]({RECORD}) has every comparison."
-        + heads
-        * bool(prepared.heads),
+        + heads * bool(prepared.heads)
+        + "".join(f"\n\n{remark}" for remark in prepared.remarks),
     )
 
 
@@ -107,6 +142,7 @@ def conversion_record(prepared: Prepared, rows: list[Row]) -> dict:
         "sources": prepared.sources,
         "arch": prepared.arch,
         "left_aside": prepared.left_aside,
+        "remarks": prepared.remarks,
         "heads": sorted(prepared.heads),
         "license": str(prepared.license),
         "reference": prepared.reference_name,
@@ -118,15 +154,9 @@ def conversion_record(prepared: Prepared, rows: list[Row]) -> dict:
 
 @contextlib.contextmanager
 def _one_status(text: str) -> Iterator[None]:
-    """In place of transformers' own progress bar, which would cross ours."""
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with progress_console.status(text):
-            yield
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
+    """In place of transformers' own progress bar."""
+    with without_progress_bars(), progress_console.status(text):
+        yield
 
 
 @contextlib.contextmanager

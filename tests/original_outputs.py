@@ -23,3 +23,9 @@ def load(name: str) -> tuple[Tensors, Tensors, Tensors]:
         part, own_name = full_name.split("/", 1)
         parts[part][own_name] = tensor
     return parts["state"], parts["input"], parts["output"]
+
+
+def assert_close(ours: torch.Tensor, original: torch.Tensor):
+    """Within 1e-5 of the largest value, as a conversion asks of every model."""
+    assert ours.shape == original.shape
+    assert (ours - original).abs().max() <= 1e-5 * original.abs().max()

@@ -5,9 +5,14 @@ import threading
 
 import pytest
 import torch
+from original_outputs import assert_close, load
+from safetensors.torch import load_file
 from test_conversion_checkpoints import TINY, in_chunks, linear_head, original_checkpoint, training_part
+from test_conversion_dino import ProjectionHead, head_state
+from typer.testing import CliRunner
 
 from conversion import dinov2, timm_reference
+from conversion.convert import app
 from conversion.family import ConversionError
 from conversion.published import download, nearest
 
@@ -17,6 +22,34 @@ def prepare(tmp_path, tensors, **options):
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.pth"
     torch.save(tensors, path)
     return dinov2.prepare(str(path), **options)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_reg4"])
+@torch.inference_mode()
+def test_tokens_are_those_of_the_original_at_every_size(tmp_path, name):
+    state, images, outputs = load(name)
+    candidate = prepare(tmp_path, state)
+    for size, pixel_values in images.items():
+        original = outputs[f"tokens/{size}"]
+        assert_close(candidate.model(pixel_values).last_hidden_state, original)
+        assert_close(candidate.reference(pixel_values)["tokens"], original)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_reg4"])
+@pytest.mark.parametrize("features, layout", [("linear_1", "cls_mean"), ("linear_4", "last4_cls_mean")])
+@torch.inference_mode()
+def test_linear_heads_read_what_the_original_gives_them(tmp_path, name, features, layout):
+    state, images, outputs = load(name)
+    original = outputs[f"{features}/20x20"]
+    # every feature in a logit of its own, and one that mixes them
+    width = original.shape[1]
+    head = {"weight": torch.cat([torch.eye(width), torch.randn(1, width)]), "bias": torch.randn(width + 1)}
+    torch.save(head, tmp_path / "head.pth")
+    candidate = prepare(tmp_path, state, linear_head=str(tmp_path / "head.pth"))
+    assert candidate.model.config.classifier_layout == layout
+    logits = original @ head["weight"].mT + head["bias"]
+    assert_close(candidate.model(images["20x20"]).logits, logits)
+    assert_close(candidate.reference(images["20x20"])["logits"], logits)
 
 
 def test_the_config_is_what_the_shapes_say(tmp_path):
@@ -97,6 +130,34 @@ def test_every_layout_gives_the_same_model_and_names_what_is_left_aside(tmp_path
     state = candidate.model.state_dict()
     assert state.keys() == flat.keys()
     assert all(torch.equal(state[name], flat[name]) for name in state)
+
+
+@pytest.mark.parametrize("spelling", ["old", "present"])
+@pytest.mark.parametrize("layout", ["nested teacher", "sharded model", "student alone"])
+def test_projection_heads_are_kept_and_go_on_where_they_were(tmp_path, spelling, layout):
+    kinds = {"dino_head": ProjectionHead(), "ibot_head": ProjectionHead()}
+    network = {f"backbone.{name}": tensor for name, tensor in TENSORS.items()}
+    for kind, head in kinds.items():
+        network |= {f"{kind}.{name}": tensor for name, tensor in head_state(head, spelling).items()}
+    other = {name: tensor + 1 for name, tensor in network.items()}
+    content = {
+        "nested teacher": {"teacher": network},
+        "sharded model": {
+            "model": {f"student.{name}": tensor for name, tensor in other.items()}
+            | {f"teacher.{name}": tensor for name, tensor in network.items()}
+        },
+        "student alone": {f"student.{name}": tensor for name, tensor in network.items()},
+    }[layout]
+    torch.save(content, tmp_path / "a.pth")
+    result = CliRunner().invoke(app, ["dinov2", str(tmp_path / "a.pth"), str(tmp_path / "model")])
+    assert "Kept beside the model: 16 tensors of projection heads" in result.stdout, result.output
+    kept = load_file(tmp_path / "model" / "pretraining_heads.safetensors")
+    features = torch.randn(2, 128)
+    for kind, head in kinds.items():
+        resumed = ProjectionHead()
+        own = {name: tensor for name, tensor in kept.items() if name.startswith(f"{kind}.")}
+        resumed.load_state_dict({name.removeprefix(f"{kind}."): tensor for name, tensor in own.items()})
+        torch.testing.assert_close(resumed(features), head(features))
 
 
 def test_a_tensor_beside_the_backbone_that_nobody_knows_is_an_error(tmp_path):

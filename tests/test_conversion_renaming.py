@@ -1,10 +1,13 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
+import weakref
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from conversion.family import ConversionError
-from conversion.renaming import rename
+from conversion.renaming import rename, restore
 
 
 RULES = {
@@ -78,3 +81,61 @@ def test_all_complaints_come_together_and_long_lists_are_cut():
 def test_two_rules_for_one_tensor_are_our_mistake():
     with pytest.raises(AssertionError, match="2 rules claim cls"):
         rename({"cls": torch.ones(1, 7)}, {"cls": "a", "[x]cls": "b"}, {})
+
+
+def test_restore_is_the_inverse_of_rename():
+    old = tensors(num_layers=12)
+    back = restore(rename(old, RULES, targets(12)), RULES)
+    assert list(back) == list(old)
+    assert all(torch.equal(back[name], old[name]) for name in old)
+    # what is not joined is not copied
+    assert back["cls"].data_ptr() == old["cls"].data_ptr()
+
+
+def test_a_part_that_was_dropped_comes_back_as_zeros():
+    rules = {"qkv.{param}": ("q.{param}", None, "v.{param}")}
+    back = restore({"v.bias": torch.full([3], 5.0), "q.bias": torch.full([3], 2.0)}, rules)
+    assert torch.equal(back["qkv.bias"], torch.tensor([2.0] * 3 + [0.0] * 3 + [5.0] * 3))
+
+
+def test_of_several_old_names_the_first_with_all_its_parts_is_taken():
+    rules = {"kv": ("k", "v"), "k_alone": "k", "also_k": "k", "v_alone": "v"}
+    assert list(restore({"k": torch.ones(2), "v": torch.ones(2)}, rules)) == ["kv"]
+    assert list(restore({"k": torch.ones(2)}, rules)) == ["k_alone"]
+
+
+def test_what_the_old_layout_cannot_hold_is_named():
+    new = rename(tensors(), RULES, targets()) | {"periods": torch.ones(2)}
+    del new["layer.1.k.weight"]
+    with pytest.raises(ConversionError) as error:
+        restore(new, RULES)
+    assert "1 tensors have no place there: periods" in str(error.value)
+    assert "2 tensors lack the rest of theirs: layer.1.q.weight without layer.1.k.weight" in str(error.value)
+
+
+def test_a_file_is_asked_for_one_tensor_at_a_time():
+    """What `restore` holds beside its result is one group of parts, whatever the size of the file."""
+    alive = weakref.WeakSet()
+
+    class File(Mapping):
+        def __init__(self, content):
+            self.content = content
+
+        def __iter__(self):
+            return iter(self.content)
+
+        def __len__(self):
+            return len(self.content)
+
+        def __contains__(self, name):
+            return name in self.content
+
+        def __getitem__(self, name):
+            assert len(alive) < 3, "read before the parts of another tensor were joined"
+            tensor = self.content[name].clone()
+            alive.add(tensor)
+            return tensor
+
+    new = rename(tensors(7), RULES, targets(7))
+    del new["embeddings.cls_token"]
+    assert len(restore(File(new), RULES)) == 7

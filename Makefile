@@ -11,7 +11,7 @@ demo: .venv/demo.stamp  ## fine-tunes on handwritten digits and shows prediction
 	$(BIN)/accelerate launch finetune.py
 
 test: .venv/test.stamp  ## lint and tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/test.stamp  ## full-size models and memory bounds, minutes each
 	$(BIN)/python -m pytest -m slow

@@ -10,6 +10,8 @@ import pytest
 from sklearn.datasets import load_sample_image
 from typer.testing import CliRunner
 
+from conversion.convert import LISTS
+from conversion.convert import app as convert_app
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.cli import app
 from hf_vitreg.data.transforms import new_image_processor
@@ -54,6 +56,10 @@ def test_its_commands_are_ones_that_there_are(command):
             parse_recipe(FinetuneRecipe, flags)
         case ["hf-vitreg", *arguments]:
             assert CliRunner().invoke(app, [arguments[0], "--help"]).exit_code == 0
+        case ["python", "conversion/convert.py", "--list"]:
+            assert LISTS
+        case ["python", "conversion/convert.py", name, *_]:
+            assert CliRunner().invoke(convert_app, [name, "--help"]).exit_code == 0
         case ["python", script, *_]:
             assert (ROOT / script).exists()
         case _:

@@ -36,7 +36,7 @@ from conversion import to_transformers as transformers_export
 from conversion.exporting import Written
 from conversion.family import ConversionError, Family, KnownCheckpoint, Prepared
 from conversion.published import known_checkpoints
-from conversion.reading import read_leaves
+from conversion.reading import progress_console, read_leaves
 from conversion.recognize import hint
 from hf_vitreg.hub.export import PRETRAINING_HEADS
 
@@ -138,7 +138,9 @@ def _print_list(asked: bool):
         return
     columns = ("family", "name", "arch", "source", "registers", "patch", "parameters", "licence")
     table = Table(*columns, box=None, pad_edge=False)
-    for known in (known for known_of_family in LISTS for known in known_of_family()):
+    with progress_console.status("Counting parameters"):
+        checkpoints = [known for known_of_family in LISTS for known in known_of_family()]
+    for known in checkpoints:
         figures = (str(known.num_registers), str(known.patch_size), f"{known.num_parameters:,}")
         table.add_row(known.family, known.name, known.arch, known.source, *figures, known.license)
     # lines are never folded: they are searched and cut by other tools
@@ -372,7 +374,7 @@ def transformers(
 def to_transformers(model: Model, output_dir: OutputDir, overwrite: Overwrite = False):
     """A ViTReg model as transformers' own DINOv2, with or without registers: loads without trust_remote_code."""
     with _errors_in_one_line():
-        writing.check_output_dir(output_dir, overwrite, [Path(model)])
+        writing.check_output_dir(output_dir, overwrite, _local(model))
         with writing.atomic_folder(output_dir) as folder:
             written = transformers_export.write(model, folder)
             _compare(written)
@@ -394,11 +396,16 @@ def to_dinov2(
 ):
     """A ViTReg model as a state dict of the original DINOv2, compared with timm's model before it is in its place."""
     with _errors_in_one_line():
-        writing.check_output_file(output, overwrite, [Path(model)])
+        writing.check_output_file(output, overwrite, _local(model))
         with writing.atomic_file(output) as file:
             written = dinov2_export.write(model, file, with_heads)
             _compare(written)
         _say_what_was_written(written, output)
+
+
+def _local(model: str) -> list[Path]:
+    """The folder of the model, where it is no repository of the Hub."""
+    return [Path(model)] if Path(model).exists() else []
 
 
 def _compare(written: Written):

@@ -139,6 +139,8 @@ def test_page_speaks_of_as_many_registers_as_there_are(num_register_tokens, phra
     text = render_card(backbone_config(num_register_tokens=num_register_tokens), CardFacts(name="small"), 1).text
     assert all(phrase in text for phrase in phrases)
     assert ("outputs.register_tokens" in text) == (num_register_tokens > 0)
+    tags = header(render_card(backbone_config(num_register_tokens=num_register_tokens), CardFacts(name="small"), 1))
+    assert ("register-tokens" in tags["tags"]) == (num_register_tokens > 0)
 
 
 WITHOUT_CLS = {

@@ -109,7 +109,7 @@ def render_card(config: ViTRegConfig, facts: CardFacts, num_parameters: int) -> 
     Metadata: https://huggingface.co/docs/hub/model-cards
     """
     architecture = published_architecture(config.architectures)
-    metadata = _metadata(PIPELINE_TAGS[architecture], facts)
+    metadata = _metadata(PIPELINE_TAGS[architecture], config, facts)
     card = ModelCard.from_template(
         metadata,
         template_path=str(_template()),
@@ -173,7 +173,7 @@ def _template() -> Path:
     return installed if installed.exists() else Path(__file__).parents[3] / "model_cards" / "template.md"
 
 
-def _metadata(pipeline_tag: str, facts: CardFacts) -> ModelCardData:
+def _metadata(pipeline_tag: str, config: ViTRegConfig, facts: CardFacts) -> ModelCardData:
     measured = {name: value for name, value in facts.metrics.items() if math.isfinite(value)}
     results = [
         EvalResult(
@@ -195,7 +195,7 @@ def _metadata(pipeline_tag: str, facts: CardFacts) -> ModelCardData:
         base_model=_hub_id(facts.base_model),
         datasets=[name for name in facts.datasets if _hub_id(name)] or None,
         metrics=list(measured) or None,
-        tags=["vitreg", "vision-transformer", "register-tokens"],
+        tags=["vitreg", "vision-transformer", *["register-tokens"] * bool(config.num_register_tokens)],
         model_name=facts.name if results else None,
         eval_results=results or None,
     )

@@ -2,9 +2,10 @@
 # Licensed under the Apache License, Version 2.0.
 """What transformers' own classes saved: ViT, DeiT, DINOv2, DINOv3 and CLIP's vision tower.
 
-The converted model equals transformers', which in one place is not the original: DINOv2 without registers interpolates
-its position embeddings by scale factors with an offset there, and to a size in transformers.
-`--interpolate-offset 0.1` gives the original's back.
+The converted model equals transformers', which is not everywhere the original. DINO and DINOv2 without registers
+interpolate their position embeddings by scale factors with an offset there, and to a size in transformers;
+`--interpolate-offset 0.1` gives the original's back. DINOv3 stores the periods of its rotation, rounded, and
+transformers computes them.
 """
 
 import re
@@ -30,7 +31,7 @@ from conversion.parity import comparison_sizes
 from conversion.reading import describe_source, in_one_dtype, read_leaves
 from conversion.recognize import hint
 from conversion.renaming import fill, shown
-from conversion.transformers_hub import Source, architecture_name, locate
+from conversion.transformers_hub import Source, architecture_name, hub_models, locate
 from conversion.transformers_layouts import LAYOUTS, PERIODS, Layout, periods
 from conversion.transformers_reference import TransformersReference, loaded
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
@@ -67,6 +68,7 @@ def prepare(
     fields = layout.fields(their_config, tensors)
     wishes = {name: value for name, value in asked.items() if value not in (None, fields[name])}
     config = _config(source, their_config, fields | wishes)
+    _check_wishes(config, wishes)
     [tensors] = in_one_dtype(tensors)
     model_class = ViTRegForImageClassification if layout.has_classifier(tensors) else ViTRegModel
     model = fill(model_class, config, own_tensors(tensors, config), layout.rules(config.use_swiglu_ffn))
@@ -83,7 +85,7 @@ def prepare(
         license=License(license) if license else source.license(),
         base_model=source.repository,
         implementation=_implementation(model),
-        remarks=_remarks(config, their_config, wishes),
+        remarks=_remarks(source, config, their_config, wishes),
     )
 
 
@@ -242,23 +244,38 @@ def _takes_every_size(config: ViTRegConfig) -> bool:
     return rows == cols or config.position_embedding_type == "rope"
 
 
-def _remarks(config: ViTRegConfig, their_config: PreTrainedConfig, wishes: Mapping) -> list[str]:
+def _check_wishes(config: ViTRegConfig, wishes: Mapping):
+    """Raises `ConversionError` where there is nothing to interpolate."""
+    if wishes and config.position_embedding_type == "rope":
+        raise ConversionError(
+            f"{', '.join(f'--{name}'.replace('_', '-') for name in wishes)} does not fit: the model has no position "
+            "embeddings, it rotates queries and keys. Leave it out."
+        )
+
+
+def _remarks(source: Source, config: ViTRegConfig, their_config: PreTrainedConfig, wishes: Mapping) -> list[str]:
     height, width = _native_size(config)
-    compared = f"The outputs were compared at {height}x{width} pixels only"
-    if wishes:
-        rule = ", ".join(f"{name}={value}" for name, value in wishes.items())
-        return [f"{compared}: transformers cannot interpolate position embeddings with {rule}."]
-    if not _takes_every_size(config):
-        return [f"{compared}: transformers interpolates position embeddings of square images only."]
-    if isinstance(their_config, Dinov2Config):
-        return [
-            "Position embeddings are interpolated as transformers does it, to a size. The original DINOv2 without "
-            "registers uses scale factors with an offset, --interpolate-offset 0.1: other outputs at every size but "
-            f"{height}x{width}."
-        ]
-    if isinstance(their_config, CLIPConfig):
-        return [
-            "This is the vision tower alone. Of OpenCLIP's own files `convert.py open_clip` makes a dual encoder with "
-            "both towers."
-        ]
-    return []
+    rule = ", ".join(f"{name}={value}" for name, value in wishes.items())
+    remarks = {
+        f"The outputs were compared at {height}x{width} pixels only: transformers cannot interpolate position "
+        f"embeddings with {rule}.": bool(wishes),
+        f"The outputs were compared at {height}x{width} pixels only: transformers interpolates position embeddings of "
+        "square images only.": not _takes_every_size(config),
+        "Position embeddings are interpolated as transformers does it, to a size. The original model uses scale "
+        f"factors with an offset, --interpolate-offset 0.1: other outputs at every size but {height}x{width}.": (
+            not wishes and _original_has_offset(source, their_config)
+        ),
+        "The periods of the rotation are in no file of transformers: they are computed from rope_theta, as "
+        "transformers does it. The original's files have them, rounded; `convert.py dinov3` keeps those.": (
+            config.position_embedding_type == "rope"
+        ),
+        "This is the vision tower alone. Of OpenCLIP's own files `convert.py open_clip` makes a dual encoder with "
+        "both towers.": isinstance(their_config, CLIPConfig),
+    }
+    return [remark for remark, applies in remarks.items() if applies]
+
+
+def _original_has_offset(source: Source, their_config: PreTrainedConfig) -> bool:
+    """Whether this is DINO, which only its name tells from another ViT, or DINOv2 without registers."""
+    known = hub_models().get(source.repository)
+    return known.config.interpolate_offset != 0 if known else isinstance(their_config, Dinov2Config)

@@ -26,6 +26,7 @@ from transformers import (
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
+    DINOv3ViTModel,
     ViTConfig,
     ViTImageProcessor,
 )
@@ -34,6 +35,9 @@ from typer.testing import CliRunner
 from conversion import parity, transformers_hub, transformers_models
 from conversion.convert import app
 from conversion.family import ConversionError
+from conversion.renaming import rename
+from conversion.transformers_hub import Source
+from conversion.transformers_reference import dinov3_rules
 from hf_vitreg import ViTRegForImageClassification
 
 
@@ -219,7 +223,15 @@ def test_remarks_say_where_transformers_is_not_the_original_and_what_was_not_com
     assert "compared at 20x20 pixels only" in remarks("dinov2", interpolate_offset=0.1)
     assert "compared at 12x28 pixels only" in remarks("vit_not_square")
     assert "vision tower alone" in remarks("clip")
-    assert remarks("registers") == remarks("vit") == remarks("dinov3") == ""
+    assert "periods" in remarks("dinov3") and "`convert.py dinov3`" in remarks("dinov3")
+    assert remarks("registers") == remarks("vit") == ""
+    known = {name: model.config.interpolate_offset for name, model in transformers_hub.hub_models().items()}
+    assert known["facebook/dino-vitb8"] == known["facebook/dinov2-small-imagenet1k-1-layer"] == 0.1
+    assert known["google/vit-base-patch16-224"] == known["facebook/dinov2-with-registers-base"] == 0
+    with pytest.raises(
+        ConversionError, match="--interpolate-offset does not fit: the model has no position embeddings"
+    ):
+        transformers_models.prepare(str(folders / "dinov3"), interpolate_offset=0.1)
     # what transformers does anyway is no wish
     assert remarks("registers", interpolate_offset=0.0, interpolate_antialias=True) == ""
 
@@ -300,6 +312,34 @@ def test_distilled_deit_is_the_original(tmp_path):
         assert_close(result["logits"], outputs["logits/20x20"])
 
 
+@torch.inference_mode()
+def test_dinov3_is_the_original_but_for_the_rounding_of_its_periods(tmp_path):
+    """The original stores them in bfloat16, and transformers computes them: with the stored ones all is the same."""
+    state, images, outputs = load("dinov3")
+    periods = state.pop("rope_embed.periods")
+    config = DINOv3ViTConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=80,
+        patch_size=4,
+        image_size=20,
+        num_register_tokens=3,
+    )
+    state["mask_token"] = state["mask_token"][None]
+    state = {name: tensor for name, tensor in state.items() if "bias_mask" not in name}
+    targets = {name: tensor.shape for name, tensor in DINOv3ViTModel(config).state_dict().items()}
+    own = {name: tensor.clone() for name, tensor in rename(state, dinov3_rules(False), targets).items()}
+    config.save_pretrained(tmp_path)
+    save_file(own, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    prepared = transformers_models.prepare(str(tmp_path))
+    for size, pixel_values in images.items():
+        assert relative_error(prepared.model(pixel_values).last_hidden_state, outputs[f"tokens/{size}"]) < 1e-2
+    prepared.model.encoder.rotary_embeddings.periods.copy_(periods)
+    for size, pixel_values in images.items():
+        assert_close(prepared.model(pixel_values).last_hidden_state, outputs[f"tokens/{size}"])
+
+
 def run(*arguments, exit_code=0):
     result = CliRunner().invoke(app, ["transformers", *map(str, arguments)])
     assert result.exit_code == exit_code, (result.output, result.exception)
@@ -339,6 +379,30 @@ def test_the_command_writes_a_vision_tower_with_its_projection(folders, tmp_path
     assert "`convert.py open_clip`" in result.output
     model = AutoModel.from_pretrained(tmp_path / "model")
     assert model(torch.randn(2, 3, 12, 28)).image_embeds.shape == (2, 13)
+
+
+@pytest.mark.parametrize("kind", ["deit_two_classifiers", "clip_classifier", "vit_not_square"])
+def test_the_command_writes_classifiers_of_every_layout(folders, kind, tmp_path):
+    run(folders / kind, tmp_path / "model")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    pixel_values = torch.randn(2, 3, 12, 28)
+    expected = theirs(tiny_model(kind), pixel_values)["logits"]
+    assert relative_error(model(pixel_values).logits, expected) < 1e-6
+
+
+def test_the_licence_is_that_of_the_card_or_what_is_known_of_the_repository(tmp_path):
+    def license(card, repository=None):
+        (tmp_path / "README.md").write_text(card)
+        return Source(tmp_path, repository).license()
+
+    assert license("---\nlicense: mit\n---\n", "google/vit-base-patch16-224").id == "mit"
+    assert license("# No metadata\n", "google/vit-base-patch16-224").id == "apache-2.0"
+    assert license("---\nlicense: [\n---\n", "facebook/dinov3-vitb16-pretrain-lvd1689m").name == "dinov3-license"
+    assert license("# No metadata\n").id == "unknown"
+    assert license(CARD, "org/model").link == "https://huggingface.co/org/model/blob/main/LICENSE.md"
+    # the file that the link leads to stays behind
+    assert license(CARD).id == "unknown"
+    assert license("---\nlicense: other\n---\n", "org/model").id == "unknown"
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "dinov2", "dinov3", "clip"])
@@ -513,6 +577,9 @@ ON_THE_HUB = """
 from huggingface_hub import HfApi
 from conversion import transformers_models
 from conversion.family import ConversionError
+from conversion.renaming import rename
+from conversion.transformers_hub import Source
+from conversion.transformers_reference import dinov3_rules
 
 for name in ("classifier", "old"):
     HfApi().create_repo(f"org/{name}")

@@ -19,9 +19,9 @@ from conversion.renaming import fill, restore
 from conversion.transformers_hub import Source
 from conversion.transformers_layouts import DINOV2_RULES, LAYOUTS
 from conversion.transformers_models import own_tensors, read_config, read_tensors, reference_of
-from conversion.vitreg_folder import OpenModel, open_model
+from conversion.vitreg_folder import OpenModel, local_folder, open_model, short_card
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification
-from hf_vitreg.hub.export import CONFIG, WEIGHTS
+from hf_vitreg.hub.export import CARD, CONFIG, WEIGHTS
 
 
 MAX_MLP_RATIO = 64
@@ -66,6 +66,9 @@ def write(model: str, folder: Path) -> Written:
     _write_weights(given, config, folder)
     if given.image_processor is not None:
         given.image_processor.save_pretrained(folder)
+    source = local_folder(model)
+    if card := short_card(source, f"`{config.architectures[0]}` of transformers, written from a ViTReg model."):
+        card.save(folder / CARD)
     return _read_back(given, folder)
 
 

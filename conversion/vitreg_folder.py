@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, PreTrainedModel
@@ -100,6 +100,16 @@ def license_of(folder: Path) -> str | None:
     except ValueError:  # no card that can be read
         return None
     return None if license == str(UNKNOWN_LICENSE) else license
+
+
+def short_card(folder: Path, text: str) -> ModelCard | None:
+    """A card for the same weights in another layout, with their licence and origin; `None` where neither is known."""
+    if license_of(folder) is None:
+        return None
+    data = ModelCard.load(folder / CARD).data
+    kept = {name: data.get(name) for name in ("license", "license_name", "license_link", "base_model")}
+    kept |= {"library_name": "transformers", "pipeline_tag": data.get("pipeline_tag")}
+    return ModelCard(f"---\n{ModelCardData(**kept).to_yaml()}\n---\n\n{text}\n")
 
 
 def local_folder(model: str) -> Path:

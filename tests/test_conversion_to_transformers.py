@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from reference import randomize
 from safetensors.torch import load_file, save_file
 from test_conversion_checkpoints import linear_head, original_checkpoint, published_checkpoint
@@ -297,6 +298,14 @@ def test_the_processor_is_the_given_one(tmp_path):
     run(tmp_path / "vitreg", tmp_path / "out")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert list(processor.image_std) == [0.2, 0.3, 0.4] and processor.size["shortest_edge"] == 40
+
+
+def test_the_licence_travels(tmp_path):
+    save(tmp_path / "given", "registers")
+    (tmp_path / "given" / "README.md").write_text("---\nlicense: mit\n---\n")
+    run(tmp_path / "given", tmp_path / "vitreg", command="transformers")
+    run(tmp_path / "vitreg", tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
 
 
 def test_the_names_are_those_of_every_transformers_model_of_this_kind():

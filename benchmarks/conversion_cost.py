@@ -76,8 +76,8 @@ def main(arch: Annotated[str, typer.Option(help="A DINOv2 architecture.")] = "vi
             weights = largest(source)
             reading = seconds_to_read(weights)
             seconds, peak = run(step, source, target, *options)
-            record = next((path for path in [target / "conversion.json"] if path.exists()), None)
-            comparison = json.loads(record.read_text())["comparison_seconds"] if record else None
+            record = target / "conversion.json"
+            comparison = json.loads(record.read_text()).get("comparison_seconds") if record.exists() else None
             size = weights.stat().st_size
             rows[step] = {
                 "checkpoint_gb": size / 1e9,

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import hf_vitreg
 from hf_vitreg import cli
+from hf_vitreg.analysis import report
 from hf_vitreg.hub import export
 
 
@@ -75,3 +76,70 @@ def test_push_checks_the_folder_first(tmp_path):
     assert done.exit_code == 1
     assert done.stderr.startswith(f"Error: {tmp_path / 'gone'} does not exist.")
     assert run("push", tmp_path).exit_code == 2, "usage"
+
+
+def test_inspect_hands_on_what_was_given_and_prints_the_verdict(tmp_path, monkeypatch):
+    calls = []
+
+    def inspect_model(*args, **kwargs):
+        calls.append((args, kwargs))
+        verdicts = (("Artifacts: yes.", "3 % of the patches."), ("Artifacts: no.",))[
+            : 1 + (kwargs["compare"] is not None)
+        ]
+        return report.Report(tmp_path, verdicts, num_unreadable=2 if kwargs["compare"] else 0)
+
+    monkeypatch.setattr(report, "inspect_model", inspect_model)
+    done = run("inspect", "model", "--images", "photos", "--output", tmp_path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == f"model: Artifacts: yes. 3 % of the patches.\n{tmp_path / 'report.html'}\n"
+    options = "--compare other --checkpoints runs --threshold 150 --side low --layer 7 --size 448x672 --max-images 9"
+    options += " --batch-size 5 --seed 3 --device cpu --overwrite --images more/*.png"
+    done = run("inspect", "model", "--images", "photos", "--output", tmp_path, *options.split())
+    assert "other: Artifacts: no.\n" in done.stdout and done.stderr.startswith("2 images could not be used")
+    defaults = {
+        "compare": None,
+        "checkpoints": None,
+        "threshold": "mad",
+        "side": "high",
+        "layer": None,
+        "size": None,
+        "max_images": None,
+        "batch_size": 16,
+        "seed": 0,
+        "device": None,
+        "overwrite": False,
+        "progress": True,
+    }
+    given = {
+        "compare": "other",
+        "checkpoints": "runs",
+        "threshold": 150.0,
+        "side": "low",
+        "layer": 7,
+        "size": (448, 672),
+        "max_images": 9,
+        "batch_size": 5,
+        "seed": 3,
+        "device": "cpu",
+        "overwrite": True,
+        "progress": True,
+    }
+    assert calls == [
+        (("model", ["photos"], tmp_path), defaults),
+        (("model", ["photos", "more/*.png"], tmp_path), given),
+    ]
+
+
+def test_inspect_reads_sizes_and_thresholds_as_people_write_them(tmp_path, monkeypatch):
+    assert (cli._size("448"), cli._size("28x42")) == ((448, 448), (28, 42))
+    assert (cli._threshold("mean+3std"), cli._threshold("1.5e2")) == ("mean+3std", 150.0)
+    done = run("inspect", "model", "--images", "photos", "--output", tmp_path, "--size", "big")
+    assert done.exit_code == 2 and "448x672" in done.stderr
+
+
+def test_inspect_says_in_one_line_what_is_wrong(tmp_path):
+    done = run("inspect", tmp_path / "gone", "--images", tmp_path, "--output", tmp_path / "report")
+    assert (done.exit_code, done.stdout) == (1, "") and done.stderr.startswith(
+        f"Error: There is no image in {tmp_path}"
+    )
+    assert run("inspect", "model", "--images", tmp_path).exit_code == 2, "usage"

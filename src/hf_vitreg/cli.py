@@ -46,6 +46,79 @@ def main(
     pass
 
 
+def _threshold(text: str) -> float | str:
+    """A number, or the name of a method, which the inspection checks."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "448" or "448x672", height first."""
+    height, _, width = text.partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no size: give pixels, as 448, or height and width, as 448x672."
+        ) from None
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="Any ViT: a folder, a Hub repository, timm:NAME; or a folder of checkpoints.")
+    ],
+    images: Annotated[list[str], typer.Option(help="Folder, file or pattern in quotes. Can be given several times.")],
+    output: Annotated[Path, typer.Option(metavar="REPORT_DIR", help="Where the report goes.")],
+    compare: Annotated[str | None, typer.Option(metavar="OTHER_MODEL", help="Set beside the first.")] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Checkpoints of MODEL, to see when outliers came.")
+    ] = None,
+    threshold: Annotated[
+        str, typer.Option(parser=_threshold, metavar="NUMBER|mean+3std|mad|otsu", help="Norm of an outlier.")
+    ] = "mad",
+    side: Annotated[str, typer.Option(metavar="high|low", help="Of the threshold that outliers are on.")] = "high",
+    layer: Annotated[int | None, typer.Option(help="After which layer, from 1; by default the last.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="Of the images; by default as trained."),
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(help="Take a random sample of so many.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once; results are the same.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of samples and probes.")] = 0,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+) -> None:
+    """Tell whether a ViT has artifacts, where, and what they carry: a page with figures, and all numbers as JSON."""
+    from .analysis.report import inspect_model
+
+    with user_errors():
+        report = inspect_model(
+            model,
+            images,
+            output,
+            compare=compare,
+            checkpoints=checkpoints,
+            threshold=threshold,
+            side=side,
+            layer=layer,
+            size=size,
+            max_images=max_images,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            progress=True,
+        )
+    for name, verdict in zip((model, compare), report.verdicts):
+        typer.echo(f"{name}: {' '.join(verdict)}")
+    if report.num_unreadable:
+        typer.echo(f"{report.num_unreadable} images could not be used; the report names them.", err=True)
+    typer.echo(report.page)
+
+
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model repository, like the output of finetune.py.")],

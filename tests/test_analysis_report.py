@@ -6,6 +6,7 @@ import base64
 import copy
 import errno
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -282,7 +283,8 @@ def test_page_fits_a_browser_window(written, width):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and chromium")
     with playwright.sync_playwright() as browsers:
         try:
-            browser = browsers.chromium.launch()
+            # Debian's, where there is one; else what playwright installed for itself. root may not use the sandbox
+            browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         except playwright.Error as error:
             pytest.skip(f"chromium does not start: {str(error).splitlines()[0]}")
         page = browser.new_page(viewport={"width": width, "height": 900})

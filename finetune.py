@@ -364,7 +364,8 @@ def load_checkpoint(recipe: FinetuneRecipe, options: dict) -> ViTRegForImageClas
         )
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} cannot be loaded: {error}") from error
-    missing = sorted(key for key in report["missing_keys"] if has_classifier or not key.startswith("classifier."))
+    heads = ("classifier.", "distillation_classifier.")
+    missing = sorted(key for key in report["missing_keys"] if has_classifier or not key.startswith(heads))
     if missing or report["unexpected_keys"]:
         raise ValueError(
             f"{path} is incomplete or foreign. Missing: {missing}; unexpected: {report['unexpected_keys']}."
@@ -372,15 +373,22 @@ def load_checkpoint(recipe: FinetuneRecipe, options: dict) -> ViTRegForImageClas
     if has_classifier and same_classes and named:
         reorder_classes(model, [config.label2id[name] for name in options["label2id"]])
     elif has_classifier and not same_classes:
-        model.classifier.reset_parameters()
+        for classifier in classifiers(model):
+            classifier.reset_parameters()
     return model
+
+
+def classifiers(model: ViTRegForImageClassification) -> list[torch.nn.Linear]:
+    """One, or with a distillation token two."""
+    return [head for head in (model.classifier, model.distillation_classifier) if head is not None]
 
 
 @torch.no_grad()
 def reorder_classes(model: ViTRegForImageClassification, order: list[int]) -> None:
-    """Puts the rows of a trained classifier in the order that the data give its classes."""
-    for parameter in model.classifier.parameters():
-        parameter.copy_(parameter[order].clone())
+    """Puts the rows of trained classifiers in the order that the data give their classes."""
+    for classifier in classifiers(model):
+        for parameter in classifier.parameters():
+            parameter.copy_(parameter[order].clone())
 
 
 def shortened(names: Iterable[str]) -> str:

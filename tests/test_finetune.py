@@ -23,7 +23,7 @@ from sample_images import write_folder, write_parquet
 from transformers import AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model, pipeline
 
 import finetune
-from hf_vitreg import ViTRegForImageClassification, ViTRegModel
+from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
 from hf_vitreg.data.transforms import new_image_processor
 from hf_vitreg.training.checkpoint import Checkpoints
 
@@ -503,6 +503,24 @@ def test_a_trained_classifier_follows_the_order_of_the_classes(finished, tmp_pat
     for index, name in enumerate(sorted(names)):
         assert torch.equal(after["classifier.bias"][index], before["classifier.bias"][names.index(name)])
         assert torch.equal(after["classifier.weight"][index], before["classifier.weight"][names.index(name)])
+
+
+def test_both_classifiers_of_a_distilled_model_follow_the_order():
+    config = ViTRegConfig(
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        use_distillation_token=True,
+        classifier_layout="cls_distillation",
+        num_labels=3,
+    )
+    model = ViTRegForImageClassification(config)
+    before = [classifier.weight.detach().clone() for classifier in finetune.classifiers(model)]
+    finetune.reorder_classes(model, [2, 0, 1])
+    assert len(before) == 2
+    for classifier, weight in zip(finetune.classifiers(model), before):
+        assert torch.equal(classifier.weight, weight[[2, 0, 1]])
 
 
 def test_a_bad_image_in_a_worker_is_one_sentence(tmp_path, capsys):

@@ -346,6 +346,12 @@ def test_projection_is_of_what_was_pooled_and_no_part_of_the_classifier(pixel_va
     assert not [name for name, _ in classifier.named_parameters() if "projection" in name and "patch" not in name]
 
 
+def test_a_classifier_on_a_model_with_a_projection_loads_without_it(tmp_path):
+    make(projection_dim=29).save_pretrained(tmp_path)
+    _, report = ViTRegForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"] and set(report["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_backbone_of_every_variant_computes_what_the_model_does(variant):

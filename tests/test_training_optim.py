@@ -54,6 +54,35 @@ def test_only_matrices_decay_and_tokens_as_asked(model, decay_tokens):
     assert decaying == (matrices | tokens if decay_tokens else matrices)
 
 
+def test_no_token_of_any_family_decays_by_accident():
+    sizes = {
+        "hidden_size": 12,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "image_size": 6,
+        "patch_size": 2,
+    }
+    distilled = ViTRegConfig(
+        use_distillation_token=True,
+        position_embedding_type="prefix_patches",
+        classifier_layout="cls_distillation",
+        use_pre_layernorm=True,
+        **sizes,
+    )
+    pooled = ViTRegConfig(
+        use_cls_token=False,
+        position_embedding_type="patches",
+        pooler_type="map",
+        classifier_layout="pooled",
+        use_qk_norm=True,
+        **sizes,
+    )
+    for config in (distilled, pooled):
+        _, by_name = groups_by_name(ViTRegForImageClassification(config), decay_tokens=False)
+        decaying = {name for name, group in by_name.items() if group["weight_decay"] > 0}
+        assert decaying == {name for name in by_name if name.endswith("weight") and "norm" not in name}
+
+
 def test_learning_rate_falls_with_the_distance_from_the_head(model):
     _, by_name = groups_by_name(model, layer_decay=0.5)
     scales = {name: group["lr_scale"] for name, group in by_name.items()}

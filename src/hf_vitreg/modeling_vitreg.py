@@ -755,6 +755,9 @@ class ViTRegModel(ViTRegPreTrainedModel):
     """
 )
 class ViTRegForImageClassification(ViTRegPreTrainedModel):
+    # a classifier on a CLIP model does not read its projection
+    _keys_to_ignore_on_load_unexpected = [r"^(vitreg\.)?projection\.weight$"]
+
     def __init__(self, config: ViTRegConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

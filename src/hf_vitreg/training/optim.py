@@ -10,7 +10,8 @@ from torch import nn
 from ..recipe import OptimizerOptions
 
 
-TOKENS = ("cls_token", "register_tokens", "mask_token", "position_embeddings")
+# what is learned as a token, and not as a matrix that maps one
+TOKENS = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings", "pooler.latent")
 
 
 def layer_index(name: str, num_hidden_layers: int) -> int:

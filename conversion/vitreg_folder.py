@@ -163,7 +163,8 @@ def _tensors(folder: Path, model_class: type[PreTrainedModel], config: ViTRegCon
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, a file is no mapping
+                names = file.keys()
+                for name in names:
                     own_name = name.removeprefix(prefix)
                     places[own_name] = (path, name)
                     found[own_name] = tuple(file.get_slice(name).get_shape())

@@ -88,7 +88,7 @@ def test_bad_attention_is_named(probabilities):
     with pytest.raises(ValueError, match="apply softmax first"):
         attention_maps(probabilities - 0.5, NUM_PREFIX, ROWS, COLS)
     with pytest.raises(ValueError, match="no image"):
-        MeanAttention(NUM_PREFIX, ROWS, COLS).maps  # noqa: B018
+        _ = MeanAttention(NUM_PREFIX, ROWS, COLS).maps
     probabilities[0, 0, 0, 0] = math.nan
     for measure in (
         lambda: attention_entropy(probabilities),
@@ -118,7 +118,7 @@ def test_similarity_of_no_prefix_tokens_is_empty():
     measured.update(torch.randn(2, 0, DIM))
     assert measured.matrix.shape == (0, 0)
     with pytest.raises(ValueError, match="no image"):
-        PrefixSimilarity().matrix  # noqa: B018
+        _ = PrefixSimilarity().matrix
     with pytest.raises(ValueError, match="prefix_tokens must be finite"):
         measured.update(torch.full((1, 2, 3), math.inf))
 

@@ -162,7 +162,7 @@ def test_grids_with_a_border_only_have_no_inside():
 def test_another_grid_and_no_images_are_refused(outliers):
     measured = OutlierFrequency()
     with pytest.raises(ValueError, match="no image"):
-        measured.frequency  # noqa: B018
+        _ = measured.frequency
     measured.update(outliers)
     with pytest.raises(ValueError, match=r"must have shape \(batch, 3, 5\), got \(7, 5, 3\)"):
         measured.update(outliers.transpose(1, 2))

@@ -1,18 +1,18 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
-import argparse
 import json
 import re
 
 import pytest
 import timm
 import torch
+from conversion_cases import assert_bad_files_are_refused, assert_is_the_evaluated_deit, deit_training_checkpoint
 from huggingface_hub import ModelCard
 from original_outputs import assert_close, load
 from test_conversion_checkpoints import linear_head, original_checkpoint
 from test_convert import MEASURED, SCRIPT, run_script
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from conversion import deit3
@@ -130,24 +130,8 @@ def test_without_a_head_it_is_a_backbone(tmp_path):
 
 
 def test_a_training_checkpoint_gives_the_model_that_is_evaluated(tmp_path):
-    content = {
-        "model": STATE,
-        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
-        "lr_scheduler": {"base_values": [0.1]},
-        "epoch": 7,
-        "model_ema": {name: tensor + 1 for name, tensor in STATE.items()},
-        "scaler": {"scale": 65536.0},
-        "args": argparse.Namespace(model="deit_small_patch16_LS"),
-    }
-    run(save(tmp_path, content), tmp_path / "model")
-    record = json.loads((tmp_path / "model" / "conversion.json").read_text())
-    assert record["sources"][0]["backbone"] == "model.*"
-    aside = {part.partition(" ")[0] for part in record["left_aside"]}
-    assert aside == {"optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"}
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
-    assert_close(model(IMAGES["20x20"]).logits.detach(), OUTPUTS["logits/20x20"])
-    backbone = AutoModel.from_pretrained(tmp_path / "model")
-    assert_close(backbone(IMAGES["20x20"]).last_hidden_state.detach(), OUTPUTS["tokens/20x20"])
+    run(save(tmp_path, deit_training_checkpoint(STATE, "deit_small_patch16_LS")), tmp_path / "model")
+    assert_is_the_evaluated_deit(tmp_path / "model", IMAGES["20x20"], OUTPUTS)
 
 
 @pytest.mark.parametrize(
@@ -238,21 +222,7 @@ def test_a_published_file_of_another_size_is_refused(tmp_path):
 
 
 def test_bad_input_is_one_clear_message_and_nothing_is_written(tmp_path):
-    torch.save(STATE | {"blocks.0.gamma_1": torch.full([128], torch.nan)}, tmp_path / "nan.pth")
-    torch.save({"model": nn.Linear(3, 5)}, tmp_path / "code.pth")
-    torch.save(without("norm.bias"), tmp_path / "part.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "nan.pth").read_bytes()[:-100])
-    messages = {
-        "nan.pth": "the weights are not finite",
-        "code.pth": "Nothing was run",
-        "part.pth": "1 tensors that are missing: norm.bias",
-        "cut.pth": "is cut short or damaged",
-        "none.pth": "none.pth does not exist",
-    }
-    for file, message in messages.items():
-        result = run(tmp_path / file, tmp_path / "model", exit_code=1)
-        assert result.stderr.startswith("Error: ") and message in result.stderr, (file, result.stderr)
-        assert not list(tmp_path.glob("*model*")), file
+    assert_bad_files_are_refused(tmp_path, run, STATE, spoiled="blocks.0.gamma_1")
 
 
 @pytest.mark.slow

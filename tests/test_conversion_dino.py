@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from conversion_cases import assert_bad_files_are_refused
 from huggingface_hub import ModelCard
 from original_outputs import assert_close, load
 from safetensors.torch import load_file
@@ -324,21 +325,7 @@ def test_published_names_and_heads_come_from_a_mirror(tmp_path, monkeypatch):
 
 
 def test_bad_input_is_one_clear_message_and_nothing_is_written(tmp_path):
-    torch.save(STATE | {"norm.weight": torch.full([128], torch.nan)}, tmp_path / "nan.pth")
-    torch.save({"weight": nn.Linear(3, 5)}, tmp_path / "code.pth")
-    torch.save(without("norm.bias"), tmp_path / "part.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "nan.pth").read_bytes()[:-100])
-    messages = {
-        "nan.pth": "the weights are not finite",
-        "code.pth": "Nothing was run",
-        "part.pth": "1 tensors that are missing: norm.bias",
-        "cut.pth": "is cut short or damaged",
-        "none.pth": "none.pth does not exist",
-    }
-    for file, message in messages.items():
-        result = run(tmp_path / file, tmp_path / "model", exit_code=1)
-        assert result.stderr.startswith("Error: ") and message in result.stderr, (file, result.stderr)
-        assert not list(tmp_path.glob("*model*")), file
+    assert_bad_files_are_refused(tmp_path, run, STATE, spoiled="norm.weight")
 
 
 @pytest.mark.slow

@@ -72,10 +72,6 @@ class SplitMaskedBias(ConversionOps):
             del parts[key]
         return parts
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("OneWayConverter asks for none.")
-
 
 class KeepFirst(ConversionOps):
     """The first of several tensors. The others are used in training only."""
@@ -88,10 +84,6 @@ class KeepFirst(ConversionOps):
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         return {target_patterns[0]: input_dict[source_patterns[0]][0]}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("OneWayConverter asks for none.")
 
 
 RENAMINGS = {

@@ -546,7 +546,8 @@ def load_checkpoint(path: Path, base: VisionEncoder | None, device: str = "cpu")
             f"{path} has weights and no config.json. Give the model of the run, and these by --checkpoints."
         )
     with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     wanted = base.model.state_dict()
     found = {name: _ending(tensors, name) for name in wanted}
     missing = [name for name, tensor in found.items() if tensor is None or tensor.shape != wanted[name].shape]

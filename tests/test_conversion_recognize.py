@@ -6,7 +6,9 @@ import torch
 from original_outputs import load
 from reference import tiny_config
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from typer.testing import CliRunner
 
+from conversion.convert import app
 from conversion.recognize import hint, recognize
 from hf_vitreg import ViTRegModel
 
@@ -46,3 +48,22 @@ def test_the_hint_names_the_command_unless_it_was_asked_for():
     assert "`convert.py open_clip`" in hint(names, asked="dinov2")
     assert hint(names, asked="open_clip") == hint(["fc.bias"], asked="dino") == ""
     assert "already" in hint(["encoder.layer.0.residual1.lambda1"], asked="dinov2")
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "command"),
+    [("dinov2", "dino", "dino"), ("dino", "dinov2", "dinov2"), ("deit3", "open_clip", "open_clip")],
+)
+def test_a_command_points_to_the_one_that_converts_the_file(tmp_path, asked, given, command):
+    torch.save(load(given)[0], tmp_path / "a.pth")
+    result = CliRunner().invoke(app, [asked, str(tmp_path / "a.pth"), str(tmp_path / "model")])
+    assert result.exit_code == 1
+    assert result.stderr.rstrip().endswith(f"By its names it could be converted by `convert.py {command}`.")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_part_of_the_right_family_is_pointed_nowhere(tmp_path):
+    state = load("dinov2")[0]
+    torch.save({name: tensor for name, tensor in state.items() if name != "norm.bias"}, tmp_path / "a.pth")
+    result = CliRunner().invoke(app, ["dinov2", str(tmp_path / "a.pth"), str(tmp_path / "model")])
+    assert result.exit_code == 1 and "convert.py" not in result.stderr

@@ -55,7 +55,7 @@ def test_every_measurement_has_its_figure(drawn):
         "norm_maps",
         "attention_by_token",
         "attention_heads_cls",
-        "attention_cls_by_layer",
+        "attention_by_layer",
     }
     registers = {f"attention_heads_register_{index + 1}" for index in range(NUM_REGISTERS)}
     assert set(drawn[0]) == common | registers and set(drawn[1]) == common
@@ -71,7 +71,7 @@ def test_figures_name_the_model_and_label_their_axes(drawn):
 
 
 def test_colours_mean_the_same_in_all_layers_and_both_models(drawn, scales):
-    for name in ("norm_maps", "outlier_frequency", "attention_by_token", "attention_cls_by_layer"):
+    for name in ("norm_maps", "outlier_frequency", "attention_by_token", "attention_by_layer"):
         ranges = colour_ranges(drawn[0][name]) | colour_ranges(drawn[1][name])
         assert len(ranges) == 1, name
     assert colour_ranges(drawn[0]["norm_maps"]) == {scales.maps}
@@ -90,6 +90,21 @@ def test_maps_are_those_of_the_inspection(inspections, drawn, scales):
         np.testing.assert_array_equal(axes.images[0].get_array(), values)
     frames = drawn[0]["pictures"].axes[1].patches
     assert len(frames) == picture.outliers.sum()
+
+
+def test_every_layer_has_a_figure_where_that_is_asked_for(scales):
+    encoder = planted_encoder(500.0)
+    result = inspect(encoder, [patchy_image(index)[0] for index in range(5)], all_layers=True)
+    drawn = figures.draw_figures(result, scales)
+    by_layer = [name for name in drawn if name.startswith("attention_layer_")]
+    assert len(by_layer) == NUM_LAYERS * (1 + NUM_REGISTERS)
+    pixel_values = encoder.preprocess([PIL.Image.fromarray(result.pictures[0].photograph)])
+    for layer in range(NUM_LAYERS):
+        maps = encoder.attention(pixel_values, layer, "registers")[0, :, 1, encoder.patch_slice]
+        cells = drawn[f"attention_layer_{layer + 1:02d}_register_2"].axes[1:]
+        assert f"Attention of register 2 in layer {layer + 1}, head by head" in words(cells[0].figure)
+        for axes, values in zip(cells, maps / maps.sum(-1, keepdim=True)):
+            np.testing.assert_allclose(axes.images[0].get_array().ravel(), values * ROWS * COLS, rtol=1e-4)
 
 
 def test_histogram_counts_every_token_of_the_layer(inspections, drawn):

@@ -32,10 +32,11 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
 
 from hf_vitreg import ViTRegModel
-from hf_vitreg.analysis import inspection
+from hf_vitreg.analysis import run
 from hf_vitreg.analysis.image_files import ImageFiles, find_images
-from hf_vitreg.analysis.inspection import checkpoint_folders, inspect, load_checkpoint, model_hash, training_curve
-from hf_vitreg.features import VisionEncoder, load_vit
+from hf_vitreg.analysis.inspection import inspect
+from hf_vitreg.analysis.training_curve import checkpoint_folders, load_checkpoint, training_curve
+from hf_vitreg.features import VisionEncoder, load_vit, model_hash
 
 
 NUM_IMAGES, SCALE = 30, 500.0
@@ -179,7 +180,7 @@ def test_pictures_show_the_attention_of_the_library(planted, images):
     for layer, attention in enumerate(output.attentions):
         maps = attention[0, :, :, 1 + NUM_REGISTERS :]
         maps = maps / maps.sum(-1, keepdim=True)
-        np.testing.assert_allclose(picture.cls_attention[layer].ravel(), maps[:, 0].mean(0), rtol=1e-4)
+        np.testing.assert_allclose(picture.attention_by_layer[layer].ravel(), maps[:, 0].mean(0), rtol=1e-4)
     for register in range(NUM_REGISTERS):
         actual = picture.attention[f"register_{register + 1}"]
         np.testing.assert_allclose(actual.reshape(len(actual), -1), maps[:, 1 + register], rtol=1e-4)
@@ -220,7 +221,7 @@ def test_replaced_registers_change_what_comes_out(planted):
 
 
 def test_registers_are_replaced_for_some_of_many_images(images, monkeypatch):
-    monkeypatch.setattr(inspection, "NUM_ABLATED_IMAGES", 5)
+    monkeypatch.setattr(run, "NUM_ABLATED_IMAGES", 5)
     results = [inspect(planted_encoder(SCALE), images, batch_size=size).metrics["registers"] for size in (4, 30)]
     assert all(row["num_images"] == 5 for row in results[0]["replaced_by_mean"].values())
     assert differences(*results) == []
@@ -238,7 +239,7 @@ def test_classes_of_folders_reach_the_probes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_images():
-    """Of Python and NumPy; tensors are what `test_analysis_probes` and others bound."""
+    """Of Python and NumPy; tensors see below."""
     encoder, peaks = planted_encoder(SCALE, num_registers=0), []
     for number in (4, 16):
         tracemalloc.start()
@@ -246,6 +247,30 @@ def test_memory_does_not_grow_with_the_number_of_images():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def tensors_of(thing, seen):
+    """All that can be reached from it, each once; the model itself is left out."""
+    if id(thing) in seen or isinstance(thing, VisionEncoder):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+    for part in (*parts, *getattr(thing, "__dict__", {}).values()):
+        yield from tensors_of(part, seen)
+
+
+def test_tensors_that_are_kept_do_not_grow_with_the_number_of_images(tmp_path):
+    sizes = []
+    for number in (15, 60):
+        files = find_images([write_folder(tmp_path / str(number), dict.fromkeys(("blue", "green"), number))])
+        asked = run.Run(planted_encoder(SCALE), files, "mad", "high", None, None, 4, 0, False)
+        survey = asked.survey()
+        examination = asked.examine(survey, 1.0)
+        sizes.append(sum(tensor.nbytes for tensor in tensors_of([survey, examination], set())))
+    # beside the random key of each token in a sample
+    assert sizes[1] - sizes[0] < 16 * 2048 * 8 and sizes[0] > 1e6
 
 
 # Models
@@ -275,14 +300,17 @@ def test_photographs_can_be_looked_at_with_any_model(name):
     encoder = foreign(name)
     photographs = [PIL.Image.fromarray(image) for image in load_sample_images().images]
     result = inspect(encoder, photographs, size=(35, 35) if name == "timm_parallel" else (35, 42))
-    metrics, has_attention = result.metrics, encoder.has_cls
+    metrics = result.metrics
     assert (metrics["registers"] is None) == (not encoder.num_registers)
-    assert (metrics["attention"] is not None) == has_attention and ("cls" in metrics["norms"]) == encoder.has_cls
     tokens = ["cls"] * encoder.has_cls + [f"register_{index + 1}" for index in range(encoder.num_registers)]
+    tokens = tokens or ["patch_mean"]
+    of_registers_alone = tokens[0] == "register_1"
+    assert list(metrics["attention"] or ()) == ([] if of_registers_alone else tokens[:1])
+    assert ("cls" in metrics["norms"]) == encoder.has_cls
     assert all(list(picture.attention) == tokens for picture in result.pictures)
     assert metrics["images"]["num_images"] == 2
     if name == "timm_parallel":
-        assert metrics["cost"] is None and "width of the MLP is not known" in metrics["notes"][0]
+        assert metrics["cost"] is None and "form of its layers is not known" in metrics["notes"][0]
     else:
         assert metrics["cost"]["4"]["parameters"] > metrics["cost"]["0"]["parameters"]
 

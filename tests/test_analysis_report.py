@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from planted import MEAN, NUM_REGISTERS, PLANTED_LAYER, STD, patchy_image, planted_encoder
+from planted import MEAN, NUM_LAYERS, NUM_REGISTERS, PLANTED_LAYER, STD, patchy_image, planted_encoder
 from reference import tiny_config
 from sample_images import write_folder
 from transformers import BertConfig, BitImageProcessor
@@ -105,6 +105,15 @@ def test_figures_that_only_the_other_model_has_are_on_the_page(inspections, tmp_
     on_page = {base64.b64decode(source.partition(",")[2]).decode() for source in Page(done.page).images}
     assert on_page == {path.name for path in done.folder.glob("*.png")}
     assert "compare_attention_heads_register_1.png" in on_page
+
+
+def test_attention_of_every_layer_is_folded(tmp_path):
+    images = [patchy_image(index)[0] for index in range(5)]
+    done = report.write_report(tmp_path / "report", inspect(planted_encoder(500.0), images, all_layers=True))
+    page, source = Page(done.page), done.page.read_text(encoding="utf-8")
+    assert page.open == [] and len(page.images) == len(list(done.folder.glob("*.png")))
+    assert source.count("<details><summary>Attention in layer ") == NUM_LAYERS
+    assert "Attention of register 1 in layer 2, head by head." in page.text
 
 
 def test_metrics_hold_both_models_and_the_curve(written, inspections):

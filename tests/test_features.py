@@ -13,6 +13,7 @@ import torch
 import torchvision
 from reference import VARIANTS, images, randomize, relative_error, tiny_config
 from sample_images import colour_image
+from timm.layers import SwiGLUPacked
 from timm.models import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -328,6 +329,8 @@ def test_attention_equals_that_of_the_library(family, size):
         torch.testing.assert_close(actual.sum(dim=-1), torch.ones(actual.shape[:-1]))
     if encoder.has_cls:
         assert relative_error(encoder.attention(pixel_values, -1), expected[:, :, :1]) < TOLERANCE
+    mean = expected[:, :, encoder.patch_slice].mean(dim=2, keepdim=True)
+    assert relative_error(encoder.attention(pixel_values, -1, "patch_mean"), mean) < TOLERANCE
     if encoder.num_registers:
         rows = encoder.attention(pixel_values, -1, "registers")
         assert relative_error(rows, expected[:, :, encoder.register_slice]) < TOLERANCE
@@ -359,6 +362,22 @@ def test_attention_of_timm_without_fused_attention():
         module.fused_attn = False
     assert relative_error(encoder.attention(pixel_values, 1, "all"), expected) < TOLERANCE
     assert len(modules) == NUM_LAYERS and not any(module.fused_attn for module in modules)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_size_of_the_mlp_is_found(family):
+    # DINOv2's and timm's are four times as wide as the model
+    width = 4 * HIDDEN_SIZE if family.startswith(("timm", "dinov2")) else SIZES["intermediate_size"]
+    expected = None if family == "timm parallel" else (width, family == "vitreg rope_untied")
+    assert make(family).mlp_size() == expected
+
+
+def test_gated_mlps_of_others_are_known():
+    with torch.device("meta"):
+        giant = Dinov2Model(Dinov2Config(**DINOV2, use_swiglu_ffn=True))
+        packed = timm_model(mlp_layer=SwiGLUPacked, mlp_ratio=5)()
+    assert VisionEncoder.wrap(giant).mlp_size() == (112, True)
+    assert VisionEncoder.wrap(packed).mlp_size() == (HIDDEN_SIZE * 5 // 2, True)
 
 
 def test_one_pass_shows_patches_layers_and_attention_of_several_queries():
@@ -393,7 +412,7 @@ def test_attention_that_is_no_one_map_is_refused():
 @pytest.mark.parametrize(
     ("family", "queries", "message"),
     [
-        ("vitreg", "patches", "queries must be one of 'cls', 'registers', 'all', got 'patches'"),
+        ("vitreg", "patches", "queries must be one of 'cls', 'registers', 'all', 'patch_mean', got 'patches'"),
         ("vit", "registers", "ViTModel has no such tokens: queries='registers'"),
         ("siglip_vision_model", "cls", "SiglipVisionModel has no such tokens: queries='cls'"),
     ],

@@ -89,6 +89,9 @@ def inspect(
     batch_size: Annotated[int, typer.Option(help="Images at once; results are the same.")] = 16,
     seed: Annotated[int, typer.Option(help="Of samples and probes.")] = 0,
     device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Attention maps of every head at every layer, too.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
 ) -> None:
     """Tell whether a ViT has artifacts, where, and what they carry: a page with figures, and all numbers as JSON."""
@@ -111,6 +114,7 @@ def inspect(
             device=device,
             overwrite=overwrite,
             progress=True,
+            all_layers=all_layers,
         )
     for name, verdict in zip((model, compare), report.verdicts):
         typer.echo(f"{name}: {' '.join(verdict)}")

@@ -7,6 +7,7 @@ longer be told by their norm ("Vision Transformers Need Registers", Darcet et al
 """
 
 import difflib
+import hashlib
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ class Tokens(NamedTuple):
     patches: torch.Tensor
 
 
-# the attention of the chosen queries, "cls", "registers" or "all": (batch_size, num_heads, num_queries, tokens)
+# from the name of some queries to their attention, of shape (batch_size, num_heads, num_queries, tokens)
 Weights = Callable[[str], torch.Tensor]
 
 
@@ -187,6 +188,22 @@ class VisionEncoder:
                 )
         return height // self.patch_size, width // self.patch_size
 
+    def mlp_size(self) -> tuple[int, bool] | None:
+        """Hidden width of the MLP in the first layer, and whether it is gated, as SwiGLU is.
+
+        `None` where a layer is not one attention and one MLP, as timm's parallel blocks.
+        """
+        block = self._layers[0]
+        attention = getattr(block, self._layout.attention, None)
+        if attention is None:
+            return None
+        projections = set(attention.modules())
+        linears = [each for each in block.modules() if isinstance(each, nn.Linear) and each not in projections]
+        if len(linears) not in (2, 3):
+            return None
+        *up, down = linears
+        return down.in_features, sum(each.out_features for each in up) == 2 * down.in_features
+
     def split(self, tokens: torch.Tensor) -> Tokens:
         """Tokens of any layer, `(batch_size, tokens, hidden_size)`, by what they are. Views, no copies."""
         return Tokens(
@@ -252,8 +269,9 @@ class VisionEncoder:
             on_layer: Gets the index of every layer, from 0, and its output before the final norm,
                 `(batch_size, tokens, hidden_size)`, as `split` reads it.
             on_attention: Gets the index of every layer, and a function from `"cls"`, `"registers"` or `"all"` to the
-                attention of these tokens to all, `(batch_size, num_heads, num_queries, tokens)`, in float32. It is
-                computed when the function is called, from queries and keys as they meet, after norms and rotation.
+                attention of these tokens to all, `(batch_size, num_heads, num_queries, tokens)`, in float32; from
+                `"patch_mean"` to the mean over the patches, one query. It is computed when the function is called,
+                from queries and keys as they meet, after norms and rotation.
 
         Raises:
             ValueError: for images whose size the model cannot take, and with `on_attention` for a layer that computes
@@ -277,7 +295,7 @@ class VisionEncoder:
         Raises:
             ValueError: where a layer does not exist, or the model cannot take images of this size.
         """
-        wanted, found = {index: self._layer_index(index) for index in indices}, {}
+        wanted, found = {index: self.layer_index(index) for index in indices}, {}
 
         def keep(index: int, tokens: torch.Tensor):
             if index in wanted.values():
@@ -292,7 +310,7 @@ class VisionEncoder:
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`.
             layer: From 0, or from the end with -1 the last.
-            queries: `"cls"`, `"registers"` or `"all"`.
+            queries: `"cls"`, `"registers"` or `"all"`; or `"patch_mean"`, the mean over the patches, one query.
 
         Returns:
             `(batch_size, num_heads, num_queries, tokens)`, float32; each row sums to 1. The map over the image is
@@ -302,7 +320,7 @@ class VisionEncoder:
             ValueError: where there is no such layer or no such tokens, the layer's attention is none that could be
             read, or the model cannot take images of this size.
         """
-        wanted, found = self._layer_index(layer), []
+        wanted, found = self.layer_index(layer), []
         self._query_slice(queries)
 
         def keep(index: int, weights: Weights):
@@ -329,18 +347,8 @@ class VisionEncoder:
         Raises:
             ValueError: where there is no such layer or facet, or the model cannot take images of this size.
         """
-        if facet not in ("query", "key", "value"):
-            raise ValueError(f'facet must be "query", "key" or "value", got {facet!r}.')
-        block = self._layers[self._layer_index(layer)]
-        attention = getattr(block, self._layout.attention, None)
-        if attention is None:
-            raise ValueError(f"{type(block).__name__} of {self.name} has no projection to a {facet} alone.")
         found = []
-
-        def project(module: nn.Module, args: tuple, kwargs: dict):
-            found.append(_projected(module, facet, args[0] if args else kwargs["hidden_states"]))
-
-        with attention.register_forward_pre_hook(project, with_kwargs=True):
+        with self.show_projections(layer, [facet], lambda _, projected: found.append(projected)):
             self._forward(pixel_values)
         return found[0]
 
@@ -381,7 +389,7 @@ class VisionEncoder:
         if layer is None:
             hook = self._layers[0].register_forward_pre_hook(lambda _, args: (replaced(args[0]), *args[1:]))
         else:
-            block = self._layers[self._layer_index(layer)]
+            block = self._layers[self.layer_index(layer)]
             hook = block.register_forward_hook(lambda module, args, tokens: replaced(tokens))
         with hook:
             yield
@@ -390,7 +398,8 @@ class VisionEncoder:
     def _layers(self) -> nn.Module:
         return self.model.get_submodule(self._layout.layers)
 
-    def _layer_index(self, layer: int) -> int:
+    def layer_index(self, layer: int) -> int:
+        """A layer counted from 0, given so or from the end. Raises `ValueError` where it does not exist."""
         if not -self.num_layers <= layer < self.num_layers:
             raise ValueError(
                 f"layer {layer} does not exist: {self.name} has {self.num_layers}, 0 to {self.num_layers - 1}."
@@ -399,6 +408,7 @@ class VisionEncoder:
 
     def _query_slice(self, queries: str) -> slice:
         rows = {"cls": slice(0, 1), "registers": self.register_slice, "all": slice(None)}
+        rows["patch_mean"] = self.patch_slice
         if queries not in rows:
             raise ValueError(f"queries must be one of {', '.join(map(repr, rows))}, got {queries!r}.")
         if (queries == "cls" and not self.has_cls) or (queries == "registers" and not self.num_registers):
@@ -410,7 +420,11 @@ class VisionEncoder:
     ):
         def weights(queries: str) -> torch.Tensor:
             chosen = query[:, :, self._query_slice(queries)].float()
-            return (chosen @ key.float().mT).mul_(scale).softmax(dim=-1)
+            if queries != "patch_mean":
+                return (chosen @ key.float().mT).mul_(scale).softmax(dim=-1)
+            # image by image: of all patches it is a square matrix for every head
+            images = ((one @ keys.mT).mul_(scale).softmax(dim=-1) for one, keys in zip(chosen, key.float()))
+            return torch.stack([image.mean(dim=-2, keepdim=True) for image in images])
 
         on_attention(index, weights)
 
@@ -434,6 +448,44 @@ class VisionEncoder:
         # timm's heads are not needed, transformers' models have none
         forward = getattr(self.model, "forward_features", self.model)
         forward(pixel_values.to(self.device, self.dtype), **kwargs)
+
+    @contextmanager
+    def show_projections(
+        self, layer: int, facets: Sequence[str], on_projection: Callable[[str, torch.Tensor], object]
+    ) -> Iterator[None]:
+        """In this context every forward pass shows what `qkv` returns of one layer.
+
+        Args:
+            layer: From 0, or from the end with -1 the last.
+            facets: Some of `"query"`, `"key"` and `"value"`.
+            on_projection: Gets each of them and its projection, `(batch_size, tokens, hidden_size)`.
+
+        Raises:
+            ValueError: where there is no such layer or facet.
+        """
+        for facet in facets:
+            if facet not in ("query", "key", "value"):
+                raise ValueError(f'facet must be "query", "key" or "value", got {facet!r}.')
+        block = self._layers[self.layer_index(layer)]
+        attention = getattr(block, self._layout.attention, None)
+        if attention is None:
+            raise ValueError(f"{type(block).__name__} of {self.name} has no projection to a {facets[0]} alone.")
+
+        def show(module: nn.Module, args: tuple, kwargs: dict):
+            for facet in facets:
+                on_projection(facet, _projected(module, facet, args[0] if args else kwargs["hidden_states"]))
+
+        with attention.register_forward_pre_hook(show, with_kwargs=True):
+            yield
+
+
+def model_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of all weights, by their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # Loading

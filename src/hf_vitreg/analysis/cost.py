@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_vitreg import ViTRegConfig
+from ..features import VisionEncoder
 from ..modeling_vitreg import ViTRegModel
 
 
@@ -82,3 +83,24 @@ def _size(config: ViTRegConfig, num_register_tokens: int, image_size: tuple[int,
         model = ViTRegModel(config).eval().requires_grad_(False)
         model(torch.empty(1, config.num_channels, *image_size))
     return model.num_parameters(), counter.get_total_flops()
+
+
+def config_of_same_size(encoder: VisionEncoder) -> ViTRegConfig | None:
+    """The model's own, or that of a ViTReg with its sizes; `None` where the form of its layers is not known."""
+    config = getattr(encoder.model, "config", None)
+    # of the Hub's copy of the class too
+    if type(config).__name__ == "ViTRegConfig":
+        return config
+    mlp = encoder.mlp_size()
+    if mlp is None:
+        return None
+    width, is_gated = mlp
+    return ViTRegConfig(
+        hidden_size=encoder.hidden_size,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads,
+        intermediate_size=width,
+        use_swiglu_ffn=is_gated,
+        patch_size=encoder.patch_size,
+        image_size=encoder.image_size,
+    )

@@ -93,8 +93,8 @@ def _positive_range(lowest: Sequence[float], highest: Sequence[float]) -> tuple[
 
 def _all_attention(picture: Picture) -> np.ndarray:
     maps = [each.ravel() * each[0].size for each in picture.attention.values()]
-    if picture.cls_attention is not None:
-        maps.append(picture.cls_attention.ravel() * picture.outliers.size)
+    if picture.attention_by_layer is not None:
+        maps.append(picture.attention_by_layer.ravel() * picture.outliers.size)
     return np.concatenate(maps) if maps else np.empty(0)
 
 
@@ -111,10 +111,13 @@ def draw_figures(inspection: Inspection, scales: Scales) -> dict[str, Figure]:
     }
     if inspection.pictures[0].attention:
         figures["attention_by_token"] = attention_by_token(inspection, scales)
+        layer = inspection.metrics["verdict"]["layer"]
         for token in inspection.pictures[0].attention:
-            figures[f"attention_heads_{token}"] = attention_heads(inspection, scales, token)
-    if inspection.pictures[0].cls_attention is not None:
-        figures["attention_cls_by_layer"] = attention_by_layer(inspection, scales)
+            figures[f"attention_heads_{token}"] = attention_heads(inspection, scales, token, layer)
+        figures["attention_by_layer"] = attention_by_layer(inspection, scales)
+    for layer, tokens in enumerate(inspection.pictures[0].attention_of_all_layers, start=1):
+        for token in tokens:
+            figures[f"attention_layer_{layer:02d}_{token}"] = attention_heads(inspection, scales, token, layer)
     return figures
 
 
@@ -296,20 +299,22 @@ def attention_by_token(inspection: Inspection, scales: Scales) -> Figure:
     return figure
 
 
-def attention_heads(inspection: Inspection, scales: Scales, token: str) -> Figure:
-    """What one token attends to in the first picture, head by head."""
+def attention_heads(inspection: Inspection, scales: Scales, token: str, layer: int) -> Figure:
+    """What one token attends to in the first picture in one layer, head by head."""
     picture = inspection.pictures[0]
-    maps = picture.attention[token]
-    layer = inspection.metrics["verdict"]["layer"]
+    layers = picture.attention_of_all_layers
+    maps = (layers[layer - 1] if layers else picture.attention)[token]
     title = f"Attention of {_words(token)} in layer {layer}, head by head"
     return _first_picture(title, inspection, scales, maps, [f"head {head + 1}" for head in range(len(maps))])
 
 
 def attention_by_layer(inspection: Inspection, scales: Scales) -> Figure:
-    """What CLS attends to in the first picture at every layer, mean over the heads."""
-    maps = inspection.pictures[0].cls_attention
+    """What the first of the tokens, CLS, attends to in the first picture at every layer, mean over the heads."""
+    picture = inspection.pictures[0]
+    maps, token = picture.attention_by_layer, _words(next(iter(picture.attention)))
     titles = [f"layer {layer + 1}" for layer in range(len(maps))]
-    return _first_picture("Attention of CLS over the layers, mean over the heads", inspection, scales, maps, titles)
+    title = f"Attention of {token} over the layers, mean over the heads"
+    return _first_picture(title, inspection, scales, maps, titles)
 
 
 def _first_picture(
@@ -436,7 +441,7 @@ def _after(inspection: Inspection, kind: str, layer: int) -> NormDistribution:
 
 
 def _words(kind: str) -> str:
-    return {"patch": "patches", "cls": "CLS"}.get(kind, kind.replace("_", " "))
+    return {"patch": "patches", "cls": "CLS", "patch_mean": "all patches"}.get(kind, kind.replace("_", " "))
 
 
 def _name(inspection: Inspection) -> str:

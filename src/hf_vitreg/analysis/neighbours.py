@@ -93,11 +93,15 @@ class NeighbourSimilarity:
         Raises:
             ValueError: If shapes do not fit, or a value is NaN or infinite.
         """
-        similarities = self._measure(patch_embeddings)
+        require_shape(patch_embeddings, "patch_embeddings", "batch", "rows", "cols", "dim")
         require_shape(outliers, "outliers", *patch_embeddings.shape[:3])
-        for is_outlier, group in self._groups.items():
-            chosen = similarities[outliers.to(similarities.device).bool() == is_outlier]
-            group.update(chosen[~chosen.isnan()])
+        # image by image, for the sake of their copies in float64
+        for image, is_outlier in zip(patch_embeddings.split(1), outliers.bool().split(1)):
+            similarities = self._measure(image)
+            is_outlier = is_outlier.to(similarities.device)
+            for key, group in self._groups.items():
+                chosen = similarities[is_outlier == key]
+                group.update(chosen[~chosen.isnan()])
 
     @property
     def outliers(self) -> SimilarityDensity:

@@ -114,7 +114,10 @@ class Picture:
         outliers: `(rows, cols)`.
         components: The first three principal components of the patches as colours, `(rows, cols, 3)`, 0 to 1.
         attention: At the layer looked at, for CLS and every register `(num_heads, rows, cols)`, each map summing to 1.
-        cls_attention: At every layer, mean over the heads, `(num_layers, rows, cols)`; `None` without CLS.
+            Of models with neither, for the mean over the patches.
+        attention_by_layer: Of the first of these at every layer, mean over the heads, `(num_layers, rows, cols)`;
+            `None` where there are none.
+        attention_of_all_layers: As `attention` for every layer, where that was asked for, or nothing.
     """
 
     name: str
@@ -123,7 +126,8 @@ class Picture:
     outliers: np.ndarray
     components: np.ndarray
     attention: Mapping[str, np.ndarray]
-    cls_attention: np.ndarray | None
+    attention_by_layer: np.ndarray | None
+    attention_of_all_layers: Sequence[Mapping[str, np.ndarray]] = ()
 
 
 @dataclass(eq=False)
@@ -138,7 +142,8 @@ class Batch:
         tokens: At the layer looked at.
         final: After the last layer and the final norm.
         outliers: `(batch, rows * cols)`
-        attention: Of every layer, the probabilities of `"cls"` and `"registers"`: `(batch, heads, queries, tokens)`.
+        attention: Of every layer, the probabilities of `"cls"` and `"registers"`, or of `"patch_mean"`: `(batch,
+            heads, queries, tokens)`.
     """
 
     ids: Sequence[int]
@@ -157,12 +162,13 @@ class Probes:
     def __init__(self, encoder: VisionEncoder, grid: tuple[int, int], num_classes: int, seed: int):
         self.encoder, self.seed = encoder, seed
         kinds = ("normal", "normal_matched", "outlier")
-        self.position = {kind: PositionProbe(*grid, seed=seed) for kind in kinds}
-        self.reconstruction = {kind: ReconstructionProbe(seed=seed) for kind in kinds}
+        # less than their defaults: with twenty and more probes held-out tokens are the largest part of the memory
+        tokens, images = {"max_test_tokens": 2048}, {"max_test_images": 1024}
+        self.position = {kind: PositionProbe(*grid, seed=seed, **tokens) for kind in kinds}
+        self.reconstruction = {kind: ReconstructionProbe(seed=seed, **tokens) for kind in kinds}
         self.image_class: dict[str, ImageClassProbe] = {}
         if num_classes:
-            # half of the default: with ten and more probes held-out tokens are the largest part of the memory
-            probe = partial(ImageClassProbe, num_classes, seed=seed, max_test_images=1024)
+            probe = partial(ImageClassProbe, num_classes, seed=seed, **images)
             single, drawn = partial(probe, num_draws=1), partial(probe, num_draws=5)
             self.image_class = {"normal": drawn(), "outlier": drawn()}
             if encoder.has_cls:
@@ -216,7 +222,9 @@ class Ablation:
         self._changes = {group: defaultdict(float) for group in self.groups}
         self.cls_probes: dict[str, ImageClassProbe] = {}
         if num_classes and encoder.has_cls:
-            self.cls_probes = {group: ImageClassProbe(num_classes, 1, seed) for group in ("none", *self.groups)}
+            self.cls_probes = {
+                group: ImageClassProbe(num_classes, 1, seed, max_test_images=1024) for group in ("none", *self.groups)
+            }
 
     def update(self, batch: Batch, labels: torch.Tensor | None) -> None:
         """Adds those of a batch that take part."""
@@ -267,6 +275,7 @@ class Examination:
         picture_names: Of the images to keep pictures of, by id.
         ablated_images: Ids of the images that registers are replaced for.
         sees_attention: Whether the model shows its attention.
+        all_layers: Whether pictures keep the attention of every head at every layer.
     """
 
     def __init__(
@@ -280,6 +289,7 @@ class Examination:
         picture_names: Mapping[int, str],
         ablated_images: Collection[int],
         sees_attention: bool,
+        all_layers: bool = False,
     ):
         self.encoder, self.layer = survey.encoder, survey.layer
         self.threshold, self.side, self.grid, self.picture_names = threshold, side, grid, picture_names
@@ -293,7 +303,10 @@ class Examination:
             self.ablation = Ablation(self.encoder, survey.mean_registers, ablated_images, num_classes, seed)
         encoder = self.encoder
         has_tokens = {"cls": encoder.has_cls, "registers": encoder.num_registers > 0}
-        self.queries = [query for query, is_there in has_tokens.items() if is_there and sees_attention]
+        # what patches attend to stands in where there is no token that looks at the whole image
+        queries = [query for query, is_there in has_tokens.items() if is_there] or ["patch_mean"]
+        self.queries = queries if sees_attention else []
+        self.all_layers = all_layers
         self.attention = [
             {query: MeanAttention(encoder.num_prefix_tokens, *grid) for query in self.queries}
             for _ in range(encoder.num_layers)
@@ -346,14 +359,11 @@ class Examination:
         )
 
     def _picture(self, batch: Batch, row: int) -> Picture:
-        encoder, maps, cls_attention = self.encoder, {}, None
-        for query, names in (("cls", ["cls"]), ("registers", register_kinds(encoder))):
-            if query in self.queries:
-                by_head = self._maps(batch.attention[self.layer - 1][query][row])
-                maps |= {name: by_head[:, index].numpy() for index, name in enumerate(names)}
-        if "cls" in self.queries:
-            layers = [self._maps(probabilities["cls"][row])[:, 0].mean(0) for probabilities in batch.attention]
-            cls_attention = torch.stack(layers).numpy()
+        encoder, by_layer = self.encoder, None
+        layers = [self._maps(probabilities, row) for probabilities in batch.attention]
+        if layers:
+            first = next(iter(layers[0]))
+            by_layer = np.stack([maps[first].mean(0) for maps in layers])
         colours = self.components.colours(batch.tokens.patches[row]).unflatten(0, self.grid)
         return Picture(
             name=self.picture_names[batch.ids[row]],
@@ -361,13 +371,20 @@ class Examination:
             norms=batch.norms[1:, row].unflatten(1, self.grid).cpu().numpy(),
             outliers=batch.outliers[row].unflatten(0, self.grid).cpu().numpy(),
             components=colours.numpy(),
-            attention=maps,
-            cls_attention=cls_attention,
+            attention=layers[self.layer - 1] if layers else {},
+            attention_by_layer=by_layer,
+            attention_of_all_layers=layers if self.all_layers else (),
         )
 
-    def _maps(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """`(heads, queries, tokens)` to `(heads, queries, rows, cols)`."""
-        return attention_maps(probabilities[None], self.encoder.num_prefix_tokens, *self.grid)[0].cpu()
+    def _maps(self, probabilities: Mapping[str, torch.Tensor], row: int) -> dict[str, np.ndarray]:
+        """`(batch, heads, queries, tokens)` of one layer to `(heads, rows, cols)` of every token of one image."""
+        names = {"cls": ["cls"], "registers": register_kinds(self.encoder), "patch_mean": ["patch_mean"]}
+        maps = {}
+        for query in self.queries:
+            image = probabilities[query][row : row + 1]
+            by_query = attention_maps(image, self.encoder.num_prefix_tokens, *self.grid)[0].transpose(0, 1)
+            maps |= dict(zip(names[query], by_query.cpu().numpy()))
+        return maps
 
 
 def _photograph(pixel_values: torch.Tensor, encoder: VisionEncoder) -> np.ndarray:

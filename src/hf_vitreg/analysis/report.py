@@ -18,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..features import VisionEncoder, load_vit
 from .image_files import find_images
-from .inspection import Inspection, checkpoint_folders, inspect, load_checkpoint, training_curve
+from .inspection import Inspection, inspect
 from .norms import Side
 from .outliers import ThresholdMethod
 from .sections import comparison, next_steps, sections, verdict_sentences
+from .training_curve import checkpoint_folders, load_checkpoint, training_curve
 
 
 PAGE, METRICS = "report.html", "metrics.json"
@@ -64,6 +65,7 @@ def inspect_model(
     device: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    all_layers: bool = False,
 ) -> Report:
     """Loads a model and images, measures, and writes the report: what `hf-vitreg inspect` does.
 
@@ -73,7 +75,7 @@ def inspect_model(
         output: Folder for the report.
         compare: Another model, set beside the first on the same images.
         checkpoints: Folder of checkpoints of `model`, for the share of outliers over training.
-        threshold, side, layer, size, batch_size, seed, progress: As for `inspect`.
+        threshold, side, layer, size, batch_size, seed, progress, all_layers: As for `inspect`.
         max_images: As for `find_images`.
         device: Where to; by default a GPU where there is one.
         overwrite: Replace a report that is there.
@@ -91,7 +93,7 @@ def inspect_model(
         other = load_vit(compare, device=device) if compare else None
         steps = _steps(checkpoints, encoder, device) if checkpoints else {}
         options = {"threshold": threshold, "side": side, "layer": layer, "size": size, "batch_size": batch_size}
-        measure = partial(inspect, images=found, seed=seed, progress=progress, **options)
+        measure = partial(inspect, images=found, seed=seed, progress=progress, all_layers=all_layers, **options)
         inspections = [measure(each) for each in (encoder, other) if each is not None]
         curve = training_curve(steps, found, progress=progress, **options) if steps else None
     return write_report(output, *inspections, curve=curve, overwrite=overwrite)

@@ -21,13 +21,17 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """One question of the report: its title, what is measured, names of figures with captions, tables."""
+    """One question of the report: its title, what is measured, names of figures with captions, tables.
+
+    One that is folded is seen when it is opened.
+    """
 
     title: str
     text: str
     figures: list[tuple[str, str]]
     tables: list[Table]
     after: str = ""
+    is_folded: bool = False
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -197,12 +201,14 @@ def sections(metrics: Sequence[Mapping], figures: Sequence[str]) -> list[Section
         ),
         Section(
             "Attention",
-            "What CLS and the registers attend to. 1 is what every patch would get if all got the same.",
+            "What CLS and the registers attend to, or patches where there are neither. 1 is what every patch would "
+            "get if all got the same.",
             _attention_figures(figures, layer),
             [Table(_title("Registers", each, metrics), _registers(each)) for each in metrics],
             "Changes are 1 less the cosine similarity, after the final norm, where a register is its mean over the "
             "images in every layer: by zero it would lose its bias on attention too, which overstates its use.",
         ),
+        *_attention_of_all_layers(figures),
         Section(
             "What registers cost",
             "Parameters and floating point operations of one image, counted on a ViTReg of these sizes.",
@@ -219,12 +225,24 @@ def _title(title: str, one: Mapping, metrics: Sequence[Mapping]) -> str:
 
 def _attention_figures(figures: Sequence[str], layer: int) -> list[tuple[str, str]]:
     heads = [name for name in figures if name.startswith("attention_heads_")]
-    words = [name.removeprefix("attention_heads_").replace("cls", "CLS").replace("_", " ") for name in heads]
+    words = [_token_words(name.removeprefix("attention_heads_")) for name in heads]
     return [
-        ("attention_by_token", f"Attention of CLS and of every register in layer {layer}, mean over the heads."),
+        ("attention_by_token", f"Attention of {', '.join(words)} in layer {layer}, mean over the heads."),
         *((name, f"Attention of {word} in layer {layer}, head by head.") for name, word in zip(heads, words)),
-        ("attention_cls_by_layer", "Attention of CLS at every layer, mean over the heads."),
+        ("attention_by_layer", f"Attention of {(words or ['CLS'])[0]} at every layer, mean over the heads."),
     ]
+
+
+def _attention_of_all_layers(figures: Sequence[str]) -> list[Section]:
+    """A section a layer, where these figures were asked for."""
+    by_layer: dict[int, list[tuple[str, str]]] = {}
+    for name in figures:
+        if name.startswith("attention_layer_"):
+            layer, kind = name.removeprefix("attention_layer_").split("_", 1)
+            caption = f"Attention of {_token_words(kind)} in layer {int(layer)}, head by head."
+            by_layer.setdefault(int(layer), []).append((name, caption))
+    text = "The first of the pictures."
+    return [Section(f"Attention in layer {k}", text, each, [], is_folded=True) for k, each in by_layer.items()]
 
 
 def _thresholds(metrics: Mapping) -> list[list[str]]:
@@ -281,7 +299,8 @@ def _accuracy(probes: Mapping, kind: str) -> str:
 
 
 def _token_words(kind: str) -> str:
-    return {"cls": "CLS", "register": "one of the registers", "all": "all"}.get(kind, kind.replace("_", " "))
+    words = {"cls": "CLS", "register": "one of the registers", "patch_mean": "all patches"}
+    return words.get(kind, kind.replace("_", " "))
 
 
 def _registers(metrics: Mapping) -> list[list[str]]:

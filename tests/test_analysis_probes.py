@@ -229,6 +229,18 @@ def test_spread_is_over_the_draws(labels):
     assert score.std == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in score.accuracies) / 4))
 
 
+def test_a_penalty_can_be_that_of_another_probe(labels):
+    tokens = class_tokens(labels, 1) + 3 * torch.randn(NUM_IMAGES, 1, DIM)
+    chooses = ImageClassProbe(NUM_CLASSES, 1)
+    takes = ImageClassProbe(NUM_CLASSES, 1, penalty_of=chooses)
+    for probe in (chooses, takes):
+        updated(probe, labels, tokens)
+    assert takes.result() == chooses.result()
+    other = ImageClassProbe(NUM_CLASSES, 1)
+    updated(other, labels, torch.randn(NUM_IMAGES, 1, DIM))
+    assert ImageClassProbe(NUM_CLASSES, 1, penalty_of=other).penalty == other.penalty != chooses.penalty
+
+
 def test_images_without_the_kind_are_left_out_and_counted(labels):
     mask = torch.ones(NUM_IMAGES, NUM_PATCHES, dtype=torch.bool)
     mask[::3] = False

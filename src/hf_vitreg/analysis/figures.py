@@ -25,8 +25,9 @@ from .passes import Picture
 from .sections import number, percent
 
 
-DPI = 150
-WIDTH = 7.0  # inches
+# few inches and many dots, so that words can be read on a phone
+DPI = 230
+WIDTH = 4.6  # inches
 COLOUR_MAP = "cividis"
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK = (
     "#0072B2",
@@ -148,7 +149,7 @@ def norm_histogram(inspection: Inspection, scales: Scales) -> Figure:
     _logarithmic_norms(axes.xaxis, scales)
     axes.set(xscale="log", yscale="log", xlim=(edges[0], edges[-1]), ylim=(2e-5, 1.5))
     _logarithmic_norms(axes.xaxis, scales)
-    axes.set(xlabel="norm before the final norm (logarithmic)", ylabel="share of the tokens of a kind, a bin")
+    axes.set(xlabel="norm before the final norm (logarithmic)", ylabel="share of its kind, a bin")
     _legend(axes)
     return figure
 
@@ -174,7 +175,7 @@ def norms_by_layer(inspection: Inspection, scales: Scales) -> Figure:
             )
     axes.set(yscale="log", ylim=(0.9 * scales.norms[0], 1.1 * scales.norms[1]))
     _logarithmic_norms(axes.yaxis, scales)
-    axes.set(xlabel="layer (0 is the patch embedding)", ylabel="norm, median; band: min to max")
+    axes.set(xlabel="layer (0 is the patch embedding)", ylabel="norm (band: all patches)")
     _whole_numbers(axes)
     _legend(axes)
     return figure
@@ -241,7 +242,7 @@ def training_curve_figure(name: str, curve: Sequence[Mapping]) -> Figure:
 def outlier_frequency(inspection: Inspection, scales: Scales) -> Figure:
     """In how many of the images each cell of the patch grid is an outlier."""
     frequency = inspection.arrays["outlier_frequency"]
-    figure, axes = _axes("Where outliers are", _name(inspection), height=4.6)
+    figure, axes = _axes("Where outliers are", _name(inspection), height=3.3)
     image = axes.imshow(frequency, cmap=COLOUR_MAP, vmin=0, vmax=scales.frequency)
     axes.set(xlabel="column of the patch grid", ylabel="row of the patch grid")
     axes.grid(False)
@@ -249,6 +250,8 @@ def outlier_frequency(inspection: Inspection, scales: Scales) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar = figure.colorbar(image, ax=axes, label="share of the images", format=FuncFormatter(_percent))
     bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.yaxis.label.set_size(8)
     return figure
 
 
@@ -264,7 +267,7 @@ def pictures(inspection: Inspection, scales: Scales) -> Figure:
         _mark(row[1], picture)
         row[2].imshow(picture.norms[layer - 1], cmap=COLOUR_MAP, norm=norm)
         row[3].imshow(picture.components)
-        row[0].set_ylabel(_short(Path(picture.name).name, 22), fontsize=7)
+        row[0].set_ylabel(_short(Path(picture.name).name, 16), fontsize=6)
     _colour_bar(figure, grid, norm, "norm before the final norm")
     return figure
 
@@ -329,7 +332,7 @@ def _first_picture(
     for axes, values in zip(cells[1:], maps):
         _show_attention(axes, values, scales)
     for axes, text in zip(cells, titles):
-        axes.set_title(text, fontsize=8)
+        axes.set_title(text, fontsize=7)
     for axes in cells[len(titles) :]:
         axes.set_axis_off()
     _attention_bar(figure, grid, scales)
@@ -342,7 +345,7 @@ def _show_attention(axes: Axes, values: np.ndarray, scales: Scales) -> None:
 
 
 def _attention_bar(figure: Figure, grid: np.ndarray, scales: Scales) -> None:
-    _colour_bar(figure, grid, Normalize(0, scales.attention), "attention to patches (1: uniform)", extend="max")
+    _colour_bar(figure, grid, Normalize(0, scales.attention), "attention / uniform", extend="max")
 
 
 def _mark(axes: Axes, picture: Picture) -> None:
@@ -357,10 +360,13 @@ def _mark(axes: Axes, picture: Picture) -> None:
 # What all figures have in common
 
 
-def _axes(title: str, name: str, height: float = 4.2) -> tuple[Figure, Axes]:
+def _axes(title: str, name: str, height: float = 3.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(f"{title}\n{_short(name)}", fontsize=10, loc="left")
+    axes.set_title(f"{title}\n{_short(name)}", fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_size(8)
+    axes.yaxis.label.set_size(8)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -371,15 +377,15 @@ def _image_grid(
 ) -> tuple[Figure, np.ndarray]:
     """Axes without ticks, `(num_rows, len(titles))`."""
     height, width = inspection.pictures[0].photograph.shape[:2]
-    side = (WIDTH - 0.9) / len(titles)
-    figure = Figure(figsize=(WIDTH, 0.75 + num_rows * (0.97 * side * height / width + 0.02)), layout="constrained")
+    side = (WIDTH - 0.8) / len(titles)
+    figure = Figure(figsize=(WIDTH, 0.65 + num_rows * (0.97 * side * height / width + 0.02)), layout="constrained")
     grid = figure.subplots(num_rows, len(titles), squeeze=False)
     for axes in grid.ravel():
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     for axes, text in zip(grid[0], titles):
-        axes.set_title(text, fontsize=8)
-    figure.suptitle(f"{title}\n{_short(_name(inspection))}", fontsize=10, x=0.01, ha="left")
+        axes.set_title(text, fontsize=7)
+    figure.suptitle(f"{title}\n{_short(_name(inspection))}", fontsize=9, x=0.01, ha="left")
     return figure, grid
 
 
@@ -389,7 +395,7 @@ def _colour_bar(figure: Figure, grid: np.ndarray, norm: Normalize, label: str, e
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7)
-    bar.ax.yaxis.label.set_size(8)
+    bar.ax.yaxis.label.set_size(7)
     if isinstance(norm, LogNorm):
         _logarithmic_numbers(bar.ax.yaxis, norm.vmin, norm.vmax)
 
@@ -420,7 +426,7 @@ def _whole_numbers(axes: Axes) -> None:
 
 def _legend(axes: Axes) -> None:
     """Below the axes, which keep their width on a phone."""
-    axes.figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=3)
+    axes.figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=2)
 
 
 def _percent(value: float, _) -> str:
@@ -448,7 +454,7 @@ def _name(inspection: Inspection) -> str:
     return inspection.metrics["model"]["name"]
 
 
-def _short(name: str, length: int = 70) -> str:
+def _short(name: str, length: int = 50) -> str:
     """The end of a long name, as the folder is less than the file. A dollar would start a formula."""
     name = name if len(name) <= length else f"…{name[1 - length :]}"
     return name.replace("$", r"\$")

@@ -222,9 +222,9 @@ class Ablation:
         self._changes = {group: defaultdict(float) for group in self.groups}
         self.cls_probes: dict[str, ImageClassProbe] = {}
         if num_classes and encoder.has_cls:
-            self.cls_probes = {
-                group: ImageClassProbe(num_classes, 1, seed, max_test_images=1024) for group in ("none", *self.groups)
-            }
+            probe = partial(ImageClassProbe, num_classes, 1, seed, max_test_images=1024)
+            untouched = probe()
+            self.cls_probes = {"none": untouched} | {group: probe(penalty_of=untouched) for group in self.groups}
 
     def update(self, batch: Batch, labels: torch.Tensor | None) -> None:
         """Adds those of a batch that take part."""

@@ -38,6 +38,7 @@ from conversion.family import ConversionError, Family, KnownCheckpoint, Prepared
 from conversion.published import known_checkpoints
 from conversion.reading import progress_console, read_leaves
 from conversion.recognize import hint
+from hf_vitreg.atomic import atomic_file, atomic_folder
 from hf_vitreg.hub.export import PRETRAINING_HEADS
 
 
@@ -375,7 +376,7 @@ def to_transformers(model: Model, output_dir: OutputDir, overwrite: Overwrite = 
     """A ViTReg model as transformers' own DINOv2, with or without registers: loads without trust_remote_code."""
     with _errors_in_one_line():
         writing.check_output_dir(output_dir, overwrite, _local(model))
-        with writing.atomic_folder(output_dir) as folder:
+        with atomic_folder(output_dir) as folder:
             written = transformers_export.write(model, folder)
             _compare(written)
         _say_what_was_written(written, output_dir)
@@ -397,7 +398,7 @@ def to_dinov2(
     """A ViTReg model as a state dict of the original DINOv2, compared with timm's model before it is in its place."""
     with _errors_in_one_line():
         writing.check_output_file(output, overwrite, _local(model))
-        with writing.atomic_file(output) as file:
+        with atomic_file(output) as file:
             written = dinov2_export.write(model, file, with_heads)
             _compare(written)
         _say_what_was_written(written, output)

@@ -41,8 +41,9 @@ from conversion.timm_models import CONFIG, INTERPOLATIONS, WEIGHTS
 from conversion.timm_reference import require_timm
 from conversion.vit_layout import NEW, OLD
 from conversion.vitreg_folder import MappedTensors, license_of, local_folder, open_model
-from conversion.writing import RECORD, atomic_file, atomic_folder, check_output_dir, check_output_file
+from conversion.writing import RECORD, check_output_dir, check_output_file
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification
+from hf_vitreg.atomic import atomic_file, atomic_folder
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

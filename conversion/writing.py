@@ -1,14 +1,9 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
-"""A whole folder or none."""
+"""What a converted model is written as, and where it may be."""
 
 import contextlib
 import json
-import shutil
-import signal
-import sys
-import threading
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,6 +17,7 @@ from conversion.family import ConversionError, Prepared
 from conversion.parity import TOLERANCE, Row
 from conversion.reading import progress_console, without_progress_bars
 from hf_vitreg import ViTRegPreTrainedModel
+from hf_vitreg.atomic import atomic_folder
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import PRETRAINING_HEADS, write_model_repository
 
@@ -43,33 +39,6 @@ def check_output_dir(output_dir: Path, overwrite: bool, inputs: list[Path]):
             )
 
 
-@contextlib.contextmanager
-def atomic_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder to write in that takes the place of `output_dir` when the block ends, and vanishes when it fails.
-
-    An older `output_dir` stays until then, whole. Interrupts (SIGINT, SIGTERM) are failures too.
-    """
-    target = output_dir.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target: a rename is atomic on one file system only
-    tag = uuid.uuid4().hex
-    partial, old = target.with_name(f".{target.name}.{tag}.partial"), target.with_name(f".{target.name}.{tag}.old")
-    with _sigterm_as_exit():
-        try:
-            partial.mkdir()
-            yield partial
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def check_output_file(output: Path, overwrite: bool, inputs: list[Path]):
     """Raises `ConversionError` where the file cannot be written, or where it is one of an input's own."""
     if output.is_dir():
@@ -78,26 +47,6 @@ def check_output_file(output: Path, overwrite: bool, inputs: list[Path]):
         raise ConversionError(f"{output} is a part of what is converted. Give another name.")
     if output.exists() and not overwrite:
         raise ConversionError(f"{output} exists. Give another name, or replace it with --overwrite.")
-
-
-@contextlib.contextmanager
-def atomic_file(output: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `output` when the block ends, and vanishes when it fails.
-
-    It gets the permissions of every new file. Interrupts (SIGINT, SIGTERM) are failures too.
-    """
-    target = output.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    with _sigterm_as_exit():
-        try:
-            partial.touch()
-            mode = partial.stat().st_mode
-            yield partial
-            partial.chmod(mode)
-            partial.rename(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def write(prepared: Prepared, rows: list[Row], comparison_seconds: float, output_dir: Path) -> dict:
@@ -157,16 +106,3 @@ def _one_status(text: str) -> Iterator[None]:
     """In place of transformers' own progress bar."""
     with without_progress_bars(), progress_console.status(text):
         yield
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Lets a terminated process clean up. Only the main thread receives signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

@@ -147,9 +147,7 @@ def test_full_disk_leaves_nothing(inspections, tmp_path, monkeypatch, step):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner, name = {"figure": (figures, "save_figure"), "page": (Path, "write_text"), "rename": (report.os, "replace")}[
-        step
-    ]
+    owner, name = {"figure": (figures, "save_figure"), "page": (Path, "write_text"), "rename": (Path, "rename")}[step]
     monkeypatch.setattr(figures, "draw_figures", lambda inspection, scales: {"one": None})
     if step != "figure":
         monkeypatch.setattr(figures, "save_figure", lambda figure, path: path.write_bytes(b"png"))

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from conversion import dinov2, to_dinov2
 from conversion.convert import app
 from conversion.family import ConversionError
-from conversion.writing import atomic_file
 from hf_vitreg import ViTRegConfig, ViTRegModel
+from hf_vitreg.atomic import atomic_file
 
 
 SWIGLU = {**TINY, "swiglu": True, "hidden_size": 128}

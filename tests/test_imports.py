@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = "hf_vitreg"
 MODEL = {"configuration_vitreg", "modeling_vitreg"}
 METHOD = {*MODEL, "objectives.base", "objectives.heads", "objectives.losses", "distributed"}
-TOOL = {*MODEL, "features", "data", "metrics", "distributed"}
+TOOL = {*MODEL, "features", "data", "metrics", "distributed", "atomic"}
 # what the modules of a unit may import of the package, beside each other
 ALLOWED = {
     "configuration_vitreg": set(),
@@ -25,6 +25,7 @@ ALLOWED = {
     "__init__": {*MODEL, "original_layouts"},
     "recipe": set(),
     "distributed": set(),
+    "atomic": set(),
     "data": {"recipe", "distributed"},
     "metrics": {"recipe", "distributed"},
     "training": {"recipe", "distributed"},

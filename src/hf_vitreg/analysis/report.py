@@ -4,8 +4,6 @@
 
 import base64
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import jinja2
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ..atomic import atomic_folder
 from ..features import VisionEncoder, load_vit
 from .image_files import find_images
 from .inspection import Inspection, inspect
@@ -122,17 +121,11 @@ def write_report(
     folder = Path(folder)
     check_output(folder, overwrite)
     inspections = [inspection] if compare is None else [inspection, compare]
-    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial_folder.mkdir()
+    with atomic_folder(folder) as partial_folder:
         images = _write_figures(partial_folder, inspections, curve)
         metrics = inspection.metrics | {"training_curve": curve, "compare": compare and compare.metrics}
         (partial_folder / METRICS).write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (partial_folder / PAGE).write_text(_page(inspections, curve, images), encoding="utf-8")
-        _replace(folder, partial_folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
     verdicts = tuple(tuple(verdict_sentences(each.metrics)) for each in inspections)
     return Report(folder, verdicts, inspection.metrics["images"]["num_unreadable"])
 
@@ -148,20 +141,6 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} holds other things than a report. Give a new folder.")
     if not overwrite:
         raise ValueError(f"There is a report in {folder} already. Give a new folder, or --overwrite.")
-
-
-def _replace(folder: Path, partial_folder: Path) -> None:
-    """An old report is taken out of sight at once, and is there again where the new one cannot take its place."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(partial_folder, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_figures(folder: Path, inspections: Sequence[Inspection], curve: Sequence[Mapping] | None) -> list[dict]:

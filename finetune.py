@@ -52,10 +52,11 @@ from hf_vitreg.data.transforms import (
 from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
+from hf_vitreg.machine import describe_machine
 from hf_vitreg.metrics.accuracy import Accuracy
 from hf_vitreg.recipe import FinetuneRecipe, ModelOptions, parse_recipe, recipe_yaml
 from hf_vitreg.training.checkpoint import Checkpoints, RunState
-from hf_vitreg.training.metrics import MetricsLog, describe_machine, plot_curves
+from hf_vitreg.training.metrics import MetricsLog, plot_curves
 from hf_vitreg.training.optim import adamw, set_learning_rate
 from hf_vitreg.training.schedules import warmup_cosine
 

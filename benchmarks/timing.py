@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_vitreg.training.metrics import describe_machine
+from hf_vitreg.machine import describe_machine
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = "hf_vitreg"
 MODEL = {"configuration_vitreg", "modeling_vitreg"}
 METHOD = {*MODEL, "objectives.base", "objectives.heads", "objectives.losses", "distributed"}
-TOOL = {*MODEL, "features", "data", "metrics", "distributed", "atomic"}
+TOOL = {*MODEL, "features", "data", "metrics", "distributed", "atomic", "machine"}
 # what the modules of a unit may import of the package, beside each other
 ALLOWED = {
     "configuration_vitreg": set(),
@@ -26,6 +26,7 @@ ALLOWED = {
     "recipe": set(),
     "distributed": set(),
     "atomic": set(),
+    "machine": {"distributed"},
     "data": {"recipe", "distributed"},
     "metrics": {"recipe", "distributed"},
     "training": {"recipe", "distributed"},

@@ -4,12 +4,11 @@
 
 import dataclasses
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from ..features import model_hash
+from ..machine import package_versions
 from .attention import MeanAttention
 from .cost import config_of_same_size, register_cost
 from .norms import NormStatistics, Side
@@ -34,7 +33,7 @@ class Measurements:
     def collect(self) -> dict:
         return {
             "metrics_version": METRICS_VERSION,
-            "versions": _versions(),
+            "versions": package_versions(),
             "model": self._model(),
             "images": self._images(),
             "settings": self._settings(),
@@ -232,17 +231,6 @@ def _attention_numbers(means: MeanAttention, query: int) -> dict:
         "attention_to_patches": 1 - means.prefix_mass[:, query].mean().item(),
         "attention_entropy": means.entropy[:, query].mean().item(),
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("hf-vitreg", "torch", "torchvision", "transformers", "timm", "pillow", "numpy")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except ImportError:  # PackageNotFoundError, where it is not installed
-            continue
-    return versions
 
 
 def plain(value: object) -> object:

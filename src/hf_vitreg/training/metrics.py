@@ -1,16 +1,10 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
-"""The record of a run: metrics as JSON lines, their curves, and the machine that produced them."""
+"""The record of a run: metrics as JSON lines, and their curves."""
 
 import json
 import os
-import platform
 from pathlib import Path
-
-import psutil
-import torch
-
-from ..distributed import num_cores
 
 
 class MetricsLog:
@@ -66,22 +60,3 @@ def plot_curves(records: list[dict], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
-
-
-def describe_machine(device: torch.device) -> str:
-    """The machine in words, for cards and results: `2 cores of an AMD EPYC, 24 GB, torch 2.15.0`."""
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        cores = num_cores()
-        processor = f"{cores} core{'s' * (cores > 1)} of {_processor_name()}"
-    return f"{processor}, {psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}"
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,45 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""What results were computed with: the machine in words, and the versions of packages."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from .distributed import num_cores
+
+
+PACKAGES = ("hf-vitreg", "torch", "torchvision", "transformers", "timm", "pillow", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on, where they are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except ImportError:  # PackageNotFoundError, where it is not installed
+            continue
+    return versions
+
+
+def describe_machine(device: torch.device) -> str:
+    """The machine in words, for cards and results: `2 cores of an AMD EPYC, 24 GB, torch 2.15.0`."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        cores = num_cores()
+        processor = f"{cores} core{'s' * (cores > 1)} of {_processor_name()}"
+    return f"{processor}, {psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}"
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

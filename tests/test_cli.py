@@ -93,7 +93,7 @@ def test_inspect_hands_on_what_was_given_and_prints_the_verdict(tmp_path, monkey
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout == f"model: Artifacts: yes. 3 % of the patches.\n{tmp_path / 'report.html'}\n"
     options = "--compare other --checkpoints runs --threshold 150 --side low --layer 7 --size 448x672 --max-images 9"
-    options += " --batch-size 5 --seed 3 --device cpu --overwrite --images more/*.png"
+    options += " --batch-size 5 --seed 3 --device cpu --overwrite --all-layers --images more/*.png"
     done = run("inspect", "model", "--images", "photos", "--output", tmp_path, *options.split())
     assert "other: Artifacts: no.\n" in done.stdout and done.stderr.startswith("2 images could not be used")
     defaults = {
@@ -109,6 +109,7 @@ def test_inspect_hands_on_what_was_given_and_prints_the_verdict(tmp_path, monkey
         "device": None,
         "overwrite": False,
         "progress": True,
+        "all_layers": False,
     }
     given = {
         "compare": "other",
@@ -123,6 +124,7 @@ def test_inspect_hands_on_what_was_given_and_prints_the_verdict(tmp_path, monkey
         "device": "cpu",
         "overwrite": True,
         "progress": True,
+        "all_layers": True,
     }
     assert calls == [
         (("model", ["photos"], tmp_path), defaults),

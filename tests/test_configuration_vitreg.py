@@ -116,6 +116,8 @@ def test_every_auto_class_is_in_the_auto_map():
         "AutoConfig": "configuration_vitreg.ViTRegConfig",
         "AutoModel": "modeling_vitreg.ViTRegModel",
         "AutoModelForImageClassification": "modeling_vitreg.ViTRegForImageClassification",
+        "AutoModelForSemanticSegmentation": "modeling_vitreg.ViTRegForSemanticSegmentation",
+        "AutoModelForDepthEstimation": "modeling_vitreg.ViTRegForDepthEstimation",
         "AutoBackbone": "modeling_vitreg.ViTRegBackbone",
     }
 
@@ -137,6 +139,9 @@ def test_configs_share_no_auto_map():
         ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and less than 1, got -0.1"),
         ({"interpolate_offset": 1.0}, "interpolate_offset must be 0 or more and below 1, got 1.0"),
         ({"interpolate_offset": -0.1}, "interpolate_offset must be 0 or more and below 1, got -0.1"),
+        ({"num_depth_bins": 1}, "num_depth_bins must be 2 or more, got 1"),
+        ({"min_depth": -1.0}, "min_depth must be 0 or more and less than max_depth, got -1.0 and 10.0"),
+        ({"max_depth": 0.001}, "min_depth must be 0 or more and less than max_depth, got 0.001 and 0.001"),
         ({"rope_theta": 0}, "rope_theta must be positive, got 0.*DINOv3 uses 100"),
         ({"pos_embed_shift": -1}, "pos_embed_shift must be 0 or more, or None, got -1"),
         ({"pos_embed_jitter": 0.5}, "pos_embed_jitter must be 1 or more, or None, got 0.5"),

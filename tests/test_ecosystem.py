@@ -14,11 +14,18 @@ from torch.export import Dim
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import TorchAoConfig, Trainer, TrainingArguments
 
-from hf_vitreg import ViTRegBackbone, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg import (
+    ViTRegBackbone,
+    ViTRegForDepthEstimation,
+    ViTRegForImageClassification,
+    ViTRegForSemanticSegmentation,
+    ViTRegModel,
+)
 
 
 NUM_LAYERS = TINY["num_hidden_layers"]
-MODEL_CLASSES = [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone]
+DENSE_CLASSES = [ViTRegForSemanticSegmentation, ViTRegForDepthEstimation]
+MODEL_CLASSES = [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone, *DENSE_CLASSES]
 WITH_REGISTERS = {"interpolate_offset": 0.0, "interpolate_antialias": True}
 WITHOUT_REGISTERS = {"interpolate_offset": 0.1, "interpolate_antialias": False, "num_register_tokens": 0}
 CONVENTIONS = [WITH_REGISTERS, WITHOUT_REGISTERS]

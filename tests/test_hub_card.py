@@ -4,13 +4,20 @@ import contextlib
 import io
 import re
 
+import PIL.Image
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, DPTImageProcessor
 
-from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg import (
+    ViTRegConfig,
+    ViTRegForDepthEstimation,
+    ViTRegForImageClassification,
+    ViTRegForSemanticSegmentation,
+    ViTRegModel,
+)
 from hf_vitreg.hub import card as card_module
 from hf_vitreg.hub.card import MODEL_ID, CardFacts, check_card, load_card, render_card
 from hf_vitreg.hub.export import write_model_repository
@@ -219,7 +226,9 @@ def test_facts_that_no_card_can_hold_are_refused(facts, message):
 
 @pytest.mark.parametrize("architectures", [None, ["Dinov2Model"]])
 def test_config_must_say_what_was_saved(architectures):
-    with pytest.raises(ValueError, match="must name one of ViTRegForImageClassification, ViTRegModel, ViTRegBackbone"):
+    with pytest.raises(
+        ValueError, match=r"must name one of ViTRegForImageClassification, .*ViTRegModel, ViTRegBackbone"
+    ):
         render_card(ViTRegConfig(architectures=architectures, **TINY), CardFacts(name="s"), 1)
 
 
@@ -285,33 +294,47 @@ def test_template_of_an_installed_package_lies_beside_the_code(tmp_path, monkeyp
         (ViTRegModel, {"num_register_tokens": 0}),
         (ViTRegForImageClassification, {"num_channels": 1}),
         (ViTRegModel, {**WITHOUT_CLS, "num_register_tokens": 0}),
+        (ViTRegForSemanticSegmentation, {}),
+        (ViTRegForDepthEstimation, {"out_indices": [0, 2]}),
+        (ViTRegForSemanticSegmentation, {**WITHOUT_CLS, "pooler_type": "map"}),
     ],
-    ids=["classifier", "backbone", "no registers", "gray", "no CLS"],
+    ids=["classifier", "backbone", "no registers", "gray", "no CLS", "segmentation", "depth", "segmentation, no CLS"],
 )
 def test_code_of_the_card_runs_as_written(model_class, changes, tmp_path):
-    is_classifier = model_class is ViTRegForImageClassification
-    config = classifier_config(**changes) if is_classifier else backbone_config(**changes)
+    has_head = model_class is not ViTRegModel
+    config = classifier_config(**changes) if has_head else backbone_config(**changes)
     gray = {"image_mean": [0.5], "image_std": [0.25], "do_convert_rgb": False} if "num_channels" in changes else {}
     size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 14, "width": 21}}
-    write_model_repository(tmp_path, model_class(config), BitImageProcessor(**size, **gray), CardFacts(name="s"))
+    processor = BitImageProcessor(**size, **gray)
+    if model_class in (ViTRegForSemanticSegmentation, ViTRegForDepthEstimation):
+        processor = DPTImageProcessor(size={"height": 14, "width": 21})
+    write_model_repository(tmp_path, model_class(config), processor, CardFacts(name="s"))
 
     blocks = code_blocks(load_card(tmp_path / "README.md"))
-    assert len(blocks) == 2 + is_classifier + (config.num_channels == 3), "pipelines know RGB alone"
+    assert len(blocks) == 2 + has_head + (config.num_channels == 3), "pipelines know RGB alone"
     for block in blocks:
         assert f'"{MODEL_ID}"' in block
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(block.replace(MODEL_ID, str(tmp_path)), names := {})
+            exec(block.replace(MODEL_ID, str(tmp_path)).replace("depth.png", str(tmp_path / "depth.png")), names := {})
         if "maps" in names:
             num_registers = config.num_register_tokens
             num_queries = num_registers or (1 if config.use_cls_token else 6)
             assert names["maps"].shape == (1, 3, num_queries, 2, 3)
-            assert names["image_features"].shape == (1, 12)
+            if config.pooler_type != "map":
+                assert names["image_features"].shape == (1, 12)
             assert names["patch_tokens"].shape == (1, 6, 12)
             assert names.get("register_tokens") is None or names["register_tokens"].shape == (1, num_registers, 12)
         elif "logits" in names:
             assert printed.getvalue().strip() in LABELS
         elif "classify" in names:
             assert all(label in printed.getvalue() for label in LABELS)
+        elif "classes" in names or "depth" in names:
+            assert names.get("classes", names.get("depth")).shape == (480, 640)
+        elif "segment" in names:
+            assert any(label in printed.getvalue() for label in LABELS)
+        elif "estimate" in names:
+            with PIL.Image.open(tmp_path / "depth.png") as depth:
+                assert depth.size == (640, 480)
         elif "extract" in names:
             assert names["features"].shape == (1, 12)
         else:

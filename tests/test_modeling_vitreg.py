@@ -25,13 +25,21 @@ from reference import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, initialization
 
-from hf_vitreg import ViTRegBackbone, ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg import (
+    ViTRegBackbone,
+    ViTRegConfig,
+    ViTRegForDepthEstimation,
+    ViTRegForImageClassification,
+    ViTRegForSemanticSegmentation,
+    ViTRegModel,
+)
 
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = TINY["hidden_size"], TINY["num_hidden_layers"], TINY["num_attention_heads"]
 NUM_TOKENS = 1 + NUM_REGISTERS + ROWS * COLS
 LAYOUTS = ["cls", "cls_mean", "last4_cls", "last4_cls_mean"]
-MODEL_CLASSES = [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone]
+DENSE_CLASSES = [ViTRegForSemanticSegmentation, ViTRegForDepthEstimation]
+MODEL_CLASSES = [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone, *DENSE_CLASSES]
 CONVENTIONS = [
     {"interpolate_offset": 0.0, "interpolate_antialias": True},
     {"interpolate_offset": 0.1, "interpolate_antialias": False},
@@ -1002,7 +1010,7 @@ def test_every_parameter_gets_a_gradient_masked_or_not(pixel_values, model_class
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("model_class", [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone])
 def test_every_parameter_of_every_variant_gets_a_gradient(pixel_values, model_class, variant):
     model = make(model_class, **VARIANTS[variant], use_mask_token=True).train()
     if model_class is ViTRegForImageClassification:
@@ -1108,11 +1116,11 @@ def test_no_parameter_is_forgotten_by_the_initialization(model_class, values):
         model = model_class(config)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
-        torch.nn.init.constant_(tensor, float("nan"))
+        torch.nn.init.constant_(tensor, float("nan") if tensor.is_floating_point() else -1)
     for module in model.modules():
         module._is_hf_initialized = False
     model.init_weights()
-    assert [name for name, tensor in model.state_dict().items() if tensor.isnan().any()] == []
+    assert [name for name, tensor in model.state_dict().items() if tensor.isnan().any() or (tensor == -1).any()] == []
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)

@@ -27,6 +27,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_vitreg.ViTRegConfig",
     "AutoModel": "modeling_vitreg.ViTRegModel",
     "AutoModelForImageClassification": "modeling_vitreg.ViTRegForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_vitreg.ViTRegForSemanticSegmentation",
+    "AutoModelForDepthEstimation": "modeling_vitreg.ViTRegForDepthEstimation",
     "AutoBackbone": "modeling_vitreg.ViTRegBackbone",
 }
 
@@ -108,8 +110,17 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         the mean of the patches), `"last4_cls"` (CLS of the last four layers: DINO's ViT-S), `"last4_cls_mean"` (these
         and the mean of the last layer's patches: DINOv2's 4-layer heads) or `"cls_distillation"` (two classifiers, on
         CLS and on the distillation token, averaged: DeiT). Registers are in no mean.
+    semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+        The label of pixels that have no class: the segmentation loss leaves them out.
+    num_depth_bins (`int`, *optional*, defaults to 256):
+        Number of depths, evenly from `min_depth` to `max_depth`, whose mean by their predicted weights is the depth.
+    min_depth (`float`, *optional*, defaults to 0.001):
+        Least depth that the model can predict, in the unit of the labels, which are metres in most data sets.
+    max_depth (`float`, *optional*, defaults to 10.0):
+        Largest depth that it can predict; the loss leaves out what is farther. DINOv2: 10 for NYU, 80 for KITTI.
     apply_layernorm (`bool`, *optional*, defaults to `True`):
-        Whether the backbone applies the final norm to its feature maps.
+        Whether the final norm is applied to the layers, chosen by `out_indices`, that the backbone returns and the
+        segmentation and depth heads read. DINOv2's depth heads are published for `False`.
     reshape_hidden_states (`bool`, *optional*, defaults to `True`):
         Whether the backbone returns maps of shape `(batch_size, hidden_size, rows, cols)` without CLS and registers.
         If `False`, all tokens as `(batch_size, sequence_length, hidden_size)`.
@@ -174,6 +185,10 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     )
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    semantic_loss_ignore_index: int = 255
+    num_depth_bins: int = 256
+    min_depth: float | int = 0.001
+    max_depth: float | int = 10.0
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     return_prefix_tokens: bool = False
@@ -256,6 +271,12 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, or None, got {value}.")
+        if self.num_depth_bins < 2:
+            raise ValueError(f"num_depth_bins must be 2 or more, got {self.num_depth_bins}. DINOv2 uses 256.")
+        if not 0 <= self.min_depth < self.max_depth:
+            raise ValueError(
+                f"min_depth must be 0 or more and less than max_depth, got {self.min_depth} and {self.max_depth}."
+            )
         self._validate_readers()
         if self.classifier_layout.startswith("last4") and self.num_hidden_layers < 4:
             raise ValueError(

@@ -31,7 +31,9 @@ from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutput,
     BaseModelOutputWithPooling,
+    DepthEstimatorOutput,
     ImageClassifierOutput,
+    SemanticSegmenterOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -58,7 +60,7 @@ class ViTRegModelOutput(BaseModelOutputWithPooling):
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         All tokens after the final norm: CLS, `num_register_tokens` registers, patches.
     pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
-        CLS after the final norm, or the patches pooled as `config.pooler_type` says.
+        CLS after the final norm, or the patches pooled as `config.pooler_type` says. `None` without a pooling layer.
     register_tokens (`torch.FloatTensor` of shape `(batch_size, num_register_tokens, hidden_size)`):
         The registers after the final norm.
     patch_tokens (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
@@ -583,6 +585,25 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         # CODEPATH: most families norm their tokens, timm's `fc_norm` what is pooled from them
         return self.layernorm(tokens) if self.config.final_norm == "tokens" else tokens
 
+    def _hidden_states_to_keep(
+        self, requested: bool | int | list[int] | None, read: list[int]
+    ) -> bool | int | list[int] | None:
+        """What the caller wants to see, and the hidden states that the head reads."""
+        if not read or requested is True:
+            return requested
+        return [*(selected_hidden_states(requested) or []), *read]
+
+    def _hidden_states_to_return(
+        self, hidden_states: tuple[torch.Tensor | None, ...] | None, requested: bool | int | list[int] | None
+    ) -> tuple[torch.Tensor | None, ...] | None:
+        """What the caller wants to see, without the hidden states that only the head reads."""
+        if not requested:
+            return None
+        if (selected := selected_hidden_states(requested)) is None:
+            return hidden_states
+        indices = resolve_hidden_states_indices(self, selected, num_hidden_states=len(hidden_states))
+        return tuple(states if index in indices else None for index, states in enumerate(hidden_states))
+
     @torch.no_grad()
     def get_attention_maps(self, pixel_values: torch.Tensor, layer: int, queries: str = "cls") -> torch.Tensor:
         r"""Attention of chosen tokens in one layer. Runs the layers up to it and keeps no attention of the others.
@@ -687,19 +708,27 @@ class ViTRegAttentionPooling(nn.Module):
 
 @auto_docstring
 class ViTRegModel(ViTRegPreTrainedModel):
-    def __init__(self, config: ViTRegConfig):
+    def __init__(self, config: ViTRegConfig, add_pooling_layer: bool = True):
+        r"""
+        add_pooling_layer (`bool`, *optional*, defaults to `True`):
+            Whether there is a `pooler_output`, and what makes it. Segmentation and depth heads do without.
+        """
         super().__init__(config)
+        self.add_pooling_layer = add_pooling_layer
         self.embeddings = ViTRegEmbeddings(config)
         self.encoder = ViTRegEncoder(config)
-        # CODEPATH: timm builds encoders without a final norm, which whoever reads them brings along
-        self.layernorm = None if config.final_norm == "none" else _layer_norm(config)
+        # CODEPATH: timm builds encoders without a final norm, and others that norm what they pool and nothing else
+        has_norm = config.final_norm != "none" and (add_pooling_layer or config.final_norm != "pooled")
+        self.layernorm = _layer_norm(config) if has_norm else None
         # CODEPATH: DINOv3 allows a norm of their own for CLS and registers
         self.prefix_layernorm = _layer_norm(config) if config.final_norm == "untied" else None
+        self.pooler = None
         # CODEPATH: SigLIP has a head that attends, the others take CLS or a mean
-        self.pooler = ViTRegAttentionPooling(config) if config.pooler_type == "map" else None
+        if config.pooler_type == "map" and add_pooling_layer:
+            self.pooler = ViTRegAttentionPooling(config)
         self.projection = None
         # CODEPATH: CLIP projects images to where its texts are
-        if config.projection_dim is not None:
+        if config.projection_dim is not None and add_pooling_layer:
             self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         # now and not at the first use: torch.compile(fullgraph=True) cannot trace the installation
         maybe_install_capturing_hooks(self.encoder)
@@ -722,7 +751,7 @@ class ViTRegModel(ViTRegPreTrainedModel):
         rotation = self.encoder.rotation(pixel_values)
         encoder_outputs = self.encoder(embeddings, position_embeddings=rotation, return_dict=True, **kwargs)
         tokens = self._final_norm(encoder_outputs.last_hidden_state)
-        pooled = self._pool(tokens)
+        pooled = self._pool(tokens) if self.add_pooling_layer else None
         return ViTRegModelOutput(
             last_hidden_state=tokens,
             pooler_output=pooled,
@@ -786,9 +815,10 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
             Class of each image, 0 to `num_labels - 1`. The loss is computed in float32 whatever the model's dtype.
         """
         requested = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        outputs = self.vitreg(
-            pixel_values, output_hidden_states=self._hidden_states_to_keep(requested), return_dict=True, **kwargs
-        )
+        # CODEPATH: the 4-layer linear heads of DINO and DINOv2
+        read = [-4, -3, -2, -1] if self.config.classifier_layout.startswith("last4") else []
+        kept = self._hidden_states_to_keep(requested, read)
+        outputs = self.vitreg(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
         logits = self.classifier(self._features(outputs))
         if self.distillation_classifier is not None:
             logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
@@ -801,24 +831,6 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
             hidden_states=self._hidden_states_to_return(outputs.hidden_states, requested),
             attentions=outputs.attentions,
         )
-
-    def _hidden_states_to_keep(self, requested: bool | int | list[int] | None) -> bool | int | list[int] | None:
-        """What the caller wants to see, and the layers that the classifier reads."""
-        # CODEPATH: the 4-layer linear heads of DINO and DINOv2
-        if not self.config.classifier_layout.startswith("last4") or requested is True:
-            return requested
-        return [*(selected_hidden_states(requested) or []), -4, -3, -2, -1]
-
-    def _hidden_states_to_return(
-        self, hidden_states: tuple[torch.Tensor | None, ...] | None, requested: bool | int | list[int] | None
-    ) -> tuple[torch.Tensor | None, ...] | None:
-        """What the caller wants to see, without the layers that only the classifier reads."""
-        if not requested:
-            return None
-        if (selected := selected_hidden_states(requested)) is None:
-            return hidden_states
-        indices = resolve_hidden_states_indices(self, selected, num_hidden_states=len(hidden_states))
-        return tuple(states if index in indices else None for index, states in enumerate(hidden_states))
 
     def _features(self, outputs: ViTRegModelOutput) -> torch.Tensor:
         """`(batch_size, classifier.in_features)`, all after the final norm."""
@@ -834,6 +846,239 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         means = [outputs.patch_tokens.mean(dim=1)] if layout.endswith("cls_mean") else []
         features = [*cls_tokens, *means]
         return torch.cat(features, dim=-1) if len(features) > 1 else features[0]
+
+
+def layers_to_map(
+    patch_tokens: torch.Tensor, grid_size: tuple[int, int], cls_tokens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Patches of several layers as one map, what segmentation and depth heads read.
+
+    Args:
+        patch_tokens: `(batch_size, layers, rows * cols, hidden_size)`, row by row.
+        grid_size: Rows and columns.
+        cls_tokens: `(batch_size, layers, hidden_size)`. Each layer's CLS is then put behind each of its patches.
+
+    Returns:
+        `(batch_size, layers * hidden_size, rows, cols)`, with CLS twice as many channels.
+    """
+    if cls_tokens is not None:
+        patch_tokens = torch.cat([patch_tokens, cls_tokens.unsqueeze(2).expand_as(patch_tokens)], dim=-1)
+    return patch_tokens.mT.flatten(1, 2).unflatten(-1, grid_size)
+
+
+class ViTRegSegmentationHead(nn.Module):
+    """DINOv2's linear head for segmentation: batch norm, then one linear map (Oquab et al., 2024, section 7.4).
+
+    `(batch_size, num_features, rows, cols) -> (batch_size, num_labels, rows, cols)`
+    """
+
+    def __init__(self, num_features: int, num_labels: int):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(num_features)
+        self.classifier = nn.Conv2d(num_features, num_labels, kernel_size=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.batch_norm(features))
+
+
+class ViTRegDepthHead(nn.Module):
+    """DINOv2's linear head for depth: the mean of evenly spaced depths, weighted by their activations plus 0.1.
+
+    The activations are of features at four times the resolution of the patches, after which everything is float32
+    (Oquab et al., 2024, section 7.4; "linear" normalization of AdaBins, Bhat et al., 2021).
+
+    `(batch_size, num_features, rows, cols) -> (batch_size, 4 * rows, 4 * cols)`
+    """
+
+    def __init__(self, num_features: int, num_bins: int, min_depth: float, max_depth: float):
+        super().__init__()
+        self.num_bins = num_bins
+        self.min_depth = min_depth
+        self.max_depth = max_depth
+        self.classifier = nn.Conv2d(num_features, num_bins, kernel_size=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        # interpolating what the linear map made of the features is the same, and there are fewer channels
+        size = tuple(4 * cells for cells in features.shape[-2:])
+        logits = nn.functional.interpolate(self.classifier(features).float(), size=size, mode="bilinear")
+        weights = logits.relu() + 0.1
+        depths = torch.linspace(self.min_depth, self.max_depth, self.num_bins, device=weights.device)
+        return torch.einsum("bkhw,k->bhw", weights, depths) / weights.sum(dim=1)
+
+
+def _log_differences(
+    predicted_depth: torch.Tensor, labels: torch.Tensor, max_depth: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Difference of the logarithms, 0 at pixels without a valid depth, and which ones are valid."""
+    valid = (labels > 0) & (labels <= max_depth)
+    # the small number is DINOv2's, against steep gradients near zero
+    logarithms = [depth.float().add(1e-3).log() for depth in (predicted_depth, torch.where(valid, labels, 1))]
+    return torch.where(valid, logarithms[0] - logarithms[1], 0), valid
+
+
+def scale_invariant_loss(
+    predicted_depth: torch.Tensor, labels: torch.Tensor, max_depth: float, warming_up: bool = False
+) -> torch.Tensor:
+    """`sqrt(Var(g) + 0.15 Mean(g)^2)` over all valid pixels of a batch, `g = log(predicted) - log(label)`.
+
+    The loss of AdaBins and DINOv2, after Eigen et al. (2014). While warming up, DINOv2's first 100 steps, it is the
+    second term alone: the scale is learned before the shape.
+
+    Args:
+        predicted_depth: `(batch_size, height, width)`, or any other shape.
+        labels: Of the same shape. Pixels of 0, of more than `max_depth`, or that are no number, are not counted.
+        max_depth: In the unit of the labels.
+        warming_up: Whether the variance is left out.
+
+    Returns:
+        A scalar, 0 where no pixel is valid.
+    """
+    differences, valid = _log_differences(predicted_depth, labels, max_depth)
+    num_valid = valid.sum()
+    mean = differences.sum() / num_valid.clamp(min=1)
+    loss = 0.15 * mean.square()
+    if not warming_up:
+        deviations = torch.where(valid, differences - mean, 0)
+        loss = loss + deviations.square().sum() / (num_valid - 1).clamp(min=1)
+    # at 0 the root has no gradient
+    return loss.clamp(min=1e-12).sqrt() * (num_valid > 0)
+
+
+def log_gradient_loss(predicted_depth: torch.Tensor, labels: torch.Tensor, max_depth: float) -> torch.Tensor:
+    """How much `g` of `scale_invariant_loss` changes from a pixel to the next but one, per valid pixel.
+
+    Summed over rows and columns, and over strides of 1, 2, 4 and 6 pixels (MegaDepth, Li and Snavely, 2018, as in
+    DINOv2). Over the last two axes, that is: DINOv2's code does it over the first two of `(batch_size, 1, height,
+    width)`, where it is zero for one image or two.
+
+    Args:
+        predicted_depth: `(batch_size, height, width)`.
+        labels: Of the same shape, valid as in `scale_invariant_loss`.
+        max_depth: In the unit of the labels.
+
+    Returns:
+        A scalar, 0 where no pixel is valid.
+    """
+    all_differences, all_valid = _log_differences(predicted_depth, labels, max_depth)
+    loss = 0
+    for stride in (1, 2, 4, 6):
+        differences, valid = (each[:, ::stride, ::stride] for each in (all_differences, all_valid))
+        down = (differences[:, 2:] - differences[:, :-2]).abs() * (valid[:, 2:] & valid[:, :-2])
+        across = (differences[:, :, 2:] - differences[:, :, :-2]).abs() * (valid[:, :, 2:] & valid[:, :, :-2])
+        loss = loss + (down.sum() + across.sum()) / valid.sum().clamp(min=1)
+    return loss
+
+
+@auto_docstring(
+    custom_intro="""
+    What models with a head on maps of their patches have in common: they read the layers of `config.out_indices`.
+    """
+)
+class ViTRegDensePreTrainedModel(ViTRegPreTrainedModel):
+    # their losses are means already, whatever Trainer knows of the batch
+    accepts_loss_kwargs = False
+    # they read nothing that is pooled
+    _keys_to_ignore_on_load_unexpected = [r"^(vitreg\.)?(projection|pooler)\."]
+
+    def _read(
+        self, pixel_values: torch.Tensor, with_cls: bool, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, ...] | None]]:
+        """The map that the head reads, and what else was asked for. Registers are not in it."""
+        requested = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        kept = self._hidden_states_to_keep(requested, self.config.out_indices)
+        outputs = self.vitreg(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
+        layers = [outputs.hidden_states[index] for index in self.config.out_indices]
+        # CODEPATH: DINOv2's segmentation heads read normed features, its depth heads do not
+        if self.config.apply_layernorm:
+            layers = [self.vitreg._final_norm(tokens) for tokens in layers]
+        tokens = torch.stack(layers, dim=1)
+        grid_size = tuple(pixels // self.config.patch_size for pixels in pixel_values.shape[-2:])
+        features = layers_to_map(
+            tokens[:, :, self.config.num_prefix_tokens :], grid_size, tokens[:, :, 0] if with_cls else None
+        )
+        hidden_states = self._hidden_states_to_return(outputs.hidden_states, requested)
+        return features, {"hidden_states": hidden_states, "attentions": outputs.attentions}
+
+
+@auto_docstring(
+    custom_intro="""
+    ViTReg with DINOv2's linear head for semantic segmentation: a class for every patch, from the layers that
+    `config.out_indices` chooses.
+    """
+)
+class ViTRegForSemanticSegmentation(ViTRegDensePreTrainedModel):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vitreg = ViTRegModel(config, add_pooling_layer=False)
+        self.segmentation_head = ViTRegSegmentationHead(
+            len(config.out_indices) * config.hidden_size, config.num_labels
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
+            Class of each pixel, 0 to `num_labels - 1`, or `config.semantic_loss_ignore_index`, at any resolution: the
+            logits, which are one a patch, are interpolated to it. The loss is computed in float32.
+        """
+        features, asked_for = self._read(pixel_values, with_cls=False, **kwargs)
+        logits = self.segmentation_head(features)
+        loss = None
+        if labels is not None:
+            ignore_index = self.config.semantic_loss_ignore_index
+            # given to the loss, so that a batch without any counts nothing: its own mean would be no number
+            num_counted = (labels != ignore_index).sum().clamp(min=1)
+            loss = self.loss_function(
+                logits.float(), labels, ignore_index=ignore_index, num_items_in_batch=num_counted
+            )
+        return SemanticSegmenterOutput(loss=loss, logits=logits, **asked_for)
+
+
+@auto_docstring(
+    custom_intro="""
+    ViTReg with DINOv2's linear head for depth, which reads the patches, and CLS beside each, of the layers that
+    `config.out_indices` chooses.
+    """
+)
+class ViTRegForDepthEstimation(ViTRegDensePreTrainedModel):
+    def __init__(self, config: ViTRegConfig):
+        super().__init__(config)
+        self.vitreg = ViTRegModel(config, add_pooling_layer=False)
+        # CODEPATH: SigLIP and timm's `gap` models have no CLS token
+        num_features = len(config.out_indices) * config.hidden_size * (2 if config.use_cls_token else 1)
+        self.depth_head = ViTRegDepthHead(num_features, config.num_depth_bins, config.min_depth, config.max_depth)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DepthEstimatorOutput:
+        r"""
+        labels (`torch.FloatTensor` of shape `(batch_size, height, width)`, *optional*):
+            Depth of each pixel, at any resolution. Those of 0, or of more than `config.max_depth`, are not counted.
+            The loss is DINOv2's, `scale_invariant_loss` and half of `log_gradient_loss`, in float32.
+        """
+        features, asked_for = self._read(pixel_values, with_cls=self.config.use_cls_token, **kwargs)
+        depth = self.depth_head(features).unsqueeze(1)
+        predicted_depth = nn.functional.interpolate(depth, size=pixel_values.shape[-2:], mode="bilinear")
+        loss = None
+        if labels is not None:
+            fitted = nn.functional.interpolate(depth, size=labels.shape[-2:], mode="bilinear").squeeze(1)
+            loss = scale_invariant_loss(fitted, labels, self.config.max_depth)
+            loss = loss + 0.5 * log_gradient_loss(fitted, labels, self.config.max_depth)
+        return DepthEstimatorOutput(loss=loss, predicted_depth=predicted_depth.squeeze(1), **asked_for)
 
 
 @auto_docstring(
@@ -904,7 +1149,9 @@ class ViTRegBackbone(BackboneMixin, ViTRegPreTrainedModel):
 
 __all__ = [
     "ViTRegBackbone",
+    "ViTRegForDepthEstimation",
     "ViTRegForImageClassification",
+    "ViTRegForSemanticSegmentation",
     "ViTRegModel",
     "ViTRegPreTrainedModel",
 ]

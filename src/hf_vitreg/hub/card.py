@@ -21,9 +21,12 @@ MODEL_ID = "org/name"
 
 PIPELINE_TAGS = {
     "ViTRegForImageClassification": "image-classification",
+    "ViTRegForSemanticSegmentation": "image-segmentation",
+    "ViTRegForDepthEstimation": "depth-estimation",
     "ViTRegModel": "image-feature-extraction",
     "ViTRegBackbone": "image-feature-extraction",
 }
+DENSE = ("ViTRegForSemanticSegmentation", "ViTRegForDepthEstimation")
 CLASSIFIER_INPUTS = {
     "cls": "CLS",
     "cls_mean": "CLS and the mean of the patches",
@@ -207,8 +210,13 @@ def _words_on_model(config: ViTRegConfig, num_parameters: int) -> dict[str, obje
     num_registers = config.num_register_tokens
     names = [name for index, name in config.id2label.items() if name != f"LABEL_{index}"]
     labels = ", ".join(f"`{name}`".replace("|", r"\|") for name in names[:MAX_LABELS])
+    architecture = published_architecture(config.architectures)
     return {
-        "is_classifier": published_architecture(config.architectures) == "ViTRegForImageClassification",
+        "is_classifier": architecture == "ViTRegForImageClassification",
+        "head": architecture.removeprefix("ViTReg") if "For" in architecture else None,
+        # the weights of which segmentation and depth do without
+        "has_pooler": architecture not in DENSE or (config.pooler_type != "map" and config.final_norm != "pooled"),
+        "read_layers": _listed([f"`{name}`" for name in config.out_features]),
         "registers": f"with {num_registers} register token{'s' * (num_registers != 1)}"
         if num_registers
         else "without register tokens",

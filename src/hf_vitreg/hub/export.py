@@ -32,7 +32,14 @@ from safetensors import SafetensorError, safe_open
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vitreg import AUTO_MAP, ViTRegConfig
-from ..modeling_vitreg import ViTRegBackbone, ViTRegForImageClassification, ViTRegModel, ViTRegPreTrainedModel
+from ..modeling_vitreg import (
+    ViTRegBackbone,
+    ViTRegForDepthEstimation,
+    ViTRegForImageClassification,
+    ViTRegForSemanticSegmentation,
+    ViTRegModel,
+    ViTRegPreTrainedModel,
+)
 from .card import MODEL_ID, CardFacts, load_card, published_architecture, render_card
 
 
@@ -43,7 +50,16 @@ REQUIRED = (CONFIG, "configuration_vitreg.py", "modeling_vitreg.py", "preprocess
 PRETRAINING_HEADS = "pretraining_heads.safetensors"  # beside a converted backbone, so that its training can go on
 OPTIONAL = ("recipe.yaml", PRETRAINING_HEADS, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-MODEL_CLASSES = {cls.__name__: cls for cls in (ViTRegModel, ViTRegForImageClassification, ViTRegBackbone)}
+MODEL_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        ViTRegForImageClassification,
+        ViTRegForSemanticSegmentation,
+        ViTRegForDepthEstimation,
+        ViTRegModel,
+        ViTRegBackbone,
+    )
+}
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img[^>]+src="([^"]+)"')
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)")
 REPEAT = "Nothing is half published. Run the same again: what has arrived is not sent twice."

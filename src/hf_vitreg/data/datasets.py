@@ -51,7 +51,7 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
             validation, a column or split that does not exist, a dataset that is neither built in nor on the Hub.
     """
     if options.train_dir:
-        train, validation = _folder(options.train_dir), _folder(options.validation_dir)
+        train, validation = class_folders(options.train_dir), class_folders(options.validation_dir)
         names = {"display_name": data_name(options), "builder": "imagefolder"}
     elif options.train_file:
         train, validation = _parquet(options.train_file, options), _parquet(options.validation_file, options)
@@ -68,8 +68,8 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
         validation_split = f"{options.validation_fraction:.0%} of {options.train_split}, held out"
     validation = _same_labels(train, validation)
     return LabelledImages(
-        train=_limited(train, options.max_train_samples, seed),
-        validation=_limited(validation, options.max_eval_samples, seed),
+        train=limited(train, options.max_train_samples, seed),
+        validation=limited(validation, options.max_eval_samples, seed),
         class_names=train.features["label"].names,
         validation_split=validation_split,
         **names,
@@ -111,8 +111,12 @@ def _labelled(images: list, labels: list[int], names: list[str], class_names: li
     return datasets.Dataset.from_dict({"image": images, "label": labels, "name": names}, features=features)
 
 
-def _folder(folder: str | None) -> datasets.Dataset | None:
-    """Images of `folder/class_name/**`; the classes in alphabetical order."""
+def class_folders(folder: str | None) -> datasets.Dataset | None:
+    """Images of `folder/class_name/**`; the classes in alphabetical order. `None` for no folder.
+
+    Raises:
+        ValueError: where there is no such folder, it has no class folders, or one of them no image.
+    """
     if folder is None:
         return None
     if not Path(folder).is_dir():
@@ -146,7 +150,7 @@ def _parquet(files: str | None, options: DataOptions) -> datasets.Dataset | None
     if not matches:
         raise ValueError(f"No parquet file matches {files}.")
     loaded = datasets.load_dataset("parquet", data_files=matches, split="train")
-    return _standard_columns(loaded, options, source=files)
+    return standard_columns(loaded, options, source=files)
 
 
 def _hub(options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -159,7 +163,7 @@ def _hub(options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset | Non
         ) from error
     if options.train_split not in splits:
         raise ValueError(f"{options.dataset_name} has no split {options.train_split!r}, only {', '.join(splits)}.")
-    train = _standard_columns(splits[options.train_split], options, source=options.dataset_name)
+    train = standard_columns(splits[options.train_split], options, source=options.dataset_name)
     if options.validation_split not in splits:
         logger.warning(
             "%s has no split %r: a part of %r is held out.",
@@ -168,11 +172,15 @@ def _hub(options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset | Non
             options.train_split,
         )
         return train, None
-    return train, _standard_columns(splits[options.validation_split], options, source=options.dataset_name)
+    return train, standard_columns(splits[options.validation_split], options, source=options.dataset_name)
 
 
-def _standard_columns(dataset: datasets.Dataset, options: DataOptions, source: str) -> datasets.Dataset:
-    """The columns `image`, undecoded, and `label`, a ClassLabel, whatever they are called and hold."""
+def standard_columns(dataset: datasets.Dataset, options: DataOptions, source: str) -> datasets.Dataset:
+    """The columns `image`, undecoded, `label`, a ClassLabel, and `name`, whatever they are called and hold.
+
+    Raises:
+        ValueError: where there is no such column, or rows without image, label, or with one outside the classes.
+    """
     for flag, column in (("image_column", options.image_column), ("label_column", options.label_column)):
         if column not in dataset.column_names:
             raise ValueError(f"{source} has no column {column!r}: set --{flag} to one of {dataset.column_names}.")
@@ -218,19 +226,35 @@ def _held_out(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[da
 
 def _same_labels(train: datasets.Dataset, validation: datasets.Dataset) -> datasets.Dataset:
     """The validation images with the label indices of training."""
-    train_names, validation_names = train.features["label"].names, validation.features["label"].names
+    return with_class_names(validation, train.features["label"].names)
+
+
+def with_class_names(validation: datasets.Dataset, train_names: list[str]) -> datasets.Dataset:
+    """The images with the label indices of training.
+
+    Raises:
+        ValueError: where the classes are not the same.
+    """
+    validation_names = validation.features["label"].names
+    require_same_classes(train_names, validation_names)
+    # cast_column would keep the numbers and change what they mean
+    labels = [train_names.index(validation_names[label]) for label in validation["label"]]
+    feature = datasets.ClassLabel(names=train_names)
+    return validation.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def require_same_classes(train_names: list[str], validation_names: list[str]) -> None:
+    """Raises `ValueError` where they are not the same, in any order."""
     if set(train_names) != set(validation_names):
         raise ValueError(
             "The classes of training and validation differ. Only in training: "
             f"{sorted(set(train_names) - set(validation_names))}; only in validation: "
             f"{sorted(set(validation_names) - set(train_names))}. Rename the folders or labels so that they agree."
         )
-    # cast_column would keep the numbers and change what they mean
-    labels = [train_names.index(validation_names[label]) for label in validation["label"]]
-    return validation.remove_columns("label").add_column("label", labels, feature=train.features["label"])
 
 
-def _limited(dataset: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+def limited(dataset: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    """No more than `limit` of its rows, drawn at random."""
     if limit is None or limit >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(limit))

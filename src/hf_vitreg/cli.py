@@ -19,6 +19,12 @@ app = typer.Typer(
 )
 
 
+# names of options can be written as the scripts have them, too: --update_card
+UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
+# what is no option of a task
+NO_OPTIONS = {"model", "task", "data", "output", "update_card", "device", "overwrite"}
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """What a user can cause and mend is one red line, not a traceback."""
@@ -65,7 +71,7 @@ def _size(text: str) -> tuple[int, int]:
         ) from None
 
 
-@app.command()
+@app.command(context_settings=UNDERSCORES)
 def inspect(
     model: Annotated[
         str, typer.Argument(help="Any ViT: a folder, a Hub repository, timm:NAME; or a folder of checkpoints.")
@@ -123,7 +129,116 @@ def inspect(
     typer.echo(report.page)
 
 
-@app.command()
+def _named(texts: list[str] | None) -> dict[str, str]:
+    """ "sketches=DIR" as name and place."""
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, equals, place in pairs:
+        if not (name and equals and place):
+            raise typer.BadParameter(f"{name}{equals}{place!r} is not NAME=PATH, as sketches=data/sketches.")
+    return {name: place for name, _, place in pairs}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """ "10,20,100"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers: give them as 10,20,100.") from None
+
+
+@app.command(context_settings=UNDERSCORES)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Any ViT: a folder, a Hub repository, timm:NAME.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK",
+            help="knn, linear, logistic, zero_shot, segmentation, depth, object_discovery or out_of_distribution.",
+        ),
+    ],
+    data: Annotated[str, typer.Option(help="Images: a folder, parquet files, or a dataset on the Hub.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where results.json, pictures and heads go.")],
+    validation_data: Annotated[str | None, typer.Option(help="Where validation images are, if elsewhere.")] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Put the numbers into the model-index of the model's README.md.")
+    ] = False,
+    size: Annotated[
+        str | None, typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="That the model sees.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Whose tokens, from 1; by default the last.")] = None,
+    num_layers: Annotated[int, typer.Option(help="Dense tasks: of how many last layers patches are read.")] = 1,
+    preprocessing: Annotated[
+        str, typer.Option(metavar="crop|fit|stretch", help="crop: 256/224 of the size, then its centre, as DINOv2.")
+    ] = "crop",
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    num_workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep features here, for other tasks too.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Take a random sample of so many of each split.")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read the data as it comes.")] = False,
+    skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave out what cannot be read.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    ks: Annotated[str | None, typer.Option(parser=_numbers, metavar="K,K,...", help="knn: neighbours.")] = None,
+    temperature: Annotated[float, typer.Option(help="knn: of the votes.")] = 0.07,
+    num_epochs: Annotated[float, typer.Option(help="linear: passes over the training images.")] = 10,
+    selection: Annotated[
+        str, typer.Option(metavar="validation|held_out", help="linear: images that the best head is chosen on.")
+    ] = "validation",
+    templates: Annotated[Path | None, typer.Option(help="zero_shot: prompt templates, one a line with {}.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="zero_shot: class names, one a line.")] = None,
+    shifted: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="out_of_distribution: other images of the classes.")
+    ] = None,
+    outliers: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="out_of_distribution: images of no class.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="Dense tasks: folder, voc, ade20k or nyu.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="segmentation: where no classes.txt names them.")] = None,
+    ignore_index: Annotated[int, typer.Option(help="segmentation: value of pixels that do not count.")] = 255,
+    depth_scale: Annotated[float, typer.Option(help="depth: what a PNG has for one metre.")] = 1000.0,
+    num_steps: Annotated[int | None, typer.Option(help="Dense tasks: training steps.")] = None,
+    label_size: Annotated[
+        str | None, typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="Dense tasks: of the loss.")
+    ] = None,
+    min_depth: Annotated[float, typer.Option(help="depth: the nearest that counts, in metres.")] = 1e-3,
+    max_depth: Annotated[float, typer.Option(help="depth: the farthest that counts, in metres.")] = 10.0,
+    eigen_crop: Annotated[bool, typer.Option("--eigen-crop", help="depth: only the middle of NYU's images.")] = False,
+    method: Annotated[str, typer.Option(metavar="lost|attention", help="object_discovery.")] = "lost",
+    facet: Annotated[
+        str | None, typer.Option(metavar="query|key|value|output", help="object_discovery: by default by family.")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="object_discovery: compare directions only.")] = False,
+    bias: Annotated[float, typer.Option(help="object_discovery: added to every similarity.")] = 0.0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="object_discovery: choose layer and bias on a share of the images.")
+    ] = False,
+    tuning_share: Annotated[float, typer.Option(help="object_discovery: which share.")] = 0.2,
+    split: Annotated[str, typer.Option(help="object_discovery: of a VOC folder.")] = "trainval",
+    no_hard: Annotated[bool, typer.Option("--no-hard", help="object_discovery: without difficult objects.")] = False,
+    annotations: Annotated[Path | None, typer.Option(help="object_discovery: COCO's JSON.")] = None,
+    image_list: Annotated[Path | None, typer.Option(help="object_discovery: which of COCO's images.")] = None,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
+) -> None:
+    """Evaluate a ViT as the papers do: results as JSON, pictures, and the trained heads."""
+    given = {name: value for name, value in locals().items() if name not in NO_OPTIONS}
+    from .evaluation.evaluate import evaluate_model
+    from .evaluation.options import EvaluationOptions
+    from .hub.card_results import add_results, require_card
+
+    with user_errors():
+        options = EvaluationOptions(**given | {"shifted": _named(shifted), "outliers": _named(outliers)})
+        if update_card:
+            require_card(model)
+        done = evaluate_model(model, task, data, output, options, device=device, overwrite=overwrite, progress=True)
+        if done is not None and update_card:
+            add_results(model, done.results)
+    if done is not None:
+        for name, value in done.metrics.items():
+            typer.echo(f"{name}: {value:.4f}")
+        typer.echo(done.folder)
+
+
+@app.command(context_settings=UNDERSCORES)
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model repository, like the output of finetune.py.")],
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to, or only NAME for your own namespace.")],

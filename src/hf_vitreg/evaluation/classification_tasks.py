@@ -1,0 +1,279 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""The tasks on labelled images, from a session to what was measured."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import BitImageProcessor
+
+from ..data.image_data import ImageData
+from ..data.labelled_images import load_image_data
+from ..features import VisionEncoder
+from .feature_cache import Features
+from .knn import KS, knn_accuracy
+from .labelled import ImageFeatures
+from .linear import LinearSweep, classifier_from_head, linear_sweep
+from .logistic import logistic_sweep
+from .out_of_distribution import CLS, CLS_AND_REGISTERS, out_of_distribution
+from .progress import steps
+from .session import Outcome, Session
+from .zero_shot import (
+    TEMPLATES,
+    class_embeddings,
+    image_embeddings,
+    load_dual_encoder,
+    load_templates,
+    zero_shot_logits,
+)
+
+
+def knn(session: Session) -> Outcome:
+    """Nearest neighbours on one token an image."""
+    kind, layer = image_token(session.encoder), session.layer_index()
+    with ExitStack() as stack:
+        train, validation, about = _splits(session, stack, [kind], [layer])
+        ks = session.options.ks or tuple(k for k in KS if k <= len(train)) or (1,)
+        scores = knn_accuracy(
+            train[kind].tensor()[:, 0],
+            train.labels,
+            validation[kind].tensor()[:, 0],
+            validation.labels,
+            len(train.class_names),
+            ks,
+            session.options.temperature,
+            device=session.device,
+            accelerator=session.accelerator,
+        )
+        best = max(scores, key=lambda k: scores[k].top1)
+        metrics = {"accuracy": scores[best].top1} | {f"top1_k{k}": each.top1 for k, each in scores.items()}
+        metrics |= {f"top5_k{k}": each.top5 for k, each in scores.items()}
+        details = {"best_k": best, "token": kind, "layer": layer + 1, **_left_out(train, validation)}
+        return Outcome(metrics, about, details)
+
+
+def linear(session: Session) -> Outcome:
+    """DINOv2's sweep of linear heads, and the best as a model."""
+    encoder = session.encoder
+    kind = image_token(encoder)
+    numbers = (1, 4) if encoder.num_layers >= 4 else (1,)
+    patch_mean = (False, True) if kind == "cls" else (False,)
+    kinds = ["cls", "patch_mean"] if kind == "cls" else [kind]
+    with ExitStack() as stack:
+        train, validation, about = _splits(session, stack, kinds, session.last_layers(numbers[-1]))
+        on_step = stack.enter_context(steps("Linear heads", session.shows_progress))
+        sweep = linear_sweep(
+            _inputs(train, kind, kinds),
+            _inputs(validation, kind, kinds),
+            len(train.class_names),
+            layers=numbers,
+            patch_mean=patch_mean,
+            num_epochs=session.options.num_epochs,
+            selection=session.options.selection,
+            seed=session.options.seed,
+            device=session.device,
+            accelerator=session.accelerator,
+            on_step=on_step,
+        )
+        if session.folder is not None:
+            from .figures import sweep_figure  # matplotlib takes a second to import
+
+            sweep_figure(session.folder / "linear.png", sweep.scores, f"{encoder.name} on {about['name']}")
+            _save_classifier(session, sweep, train.class_names)
+        scores = [{"head": each.settings.name, **_head_numbers(each)} for each in sweep.scores]
+        details = {"best_head": sweep.best.settings.name, "token": kind, "heads": scores}
+        details |= {"selection": session.options.selection, **_left_out(train, validation)}
+        metrics = {
+            "accuracy": sweep.best_score.accuracy,
+            "worst_accuracy": min(each.accuracy for each in sweep.scores),
+        }
+        return Outcome(metrics, about, details)
+
+
+def logistic(session: Session) -> Outcome:
+    """Logistic regression on one token an image, its penalty chosen on held-out training images."""
+    kind, layer = image_token(session.encoder), session.layer_index()
+    with ExitStack() as stack:
+        train, validation, about = _splits(session, stack, [kind], [layer])
+        on_fit = stack.enter_context(steps("Logistic regressions", session.shows_progress))
+        sweep = logistic_sweep(
+            train[kind].tensor()[:, 0],
+            train.labels,
+            validation[kind].tensor()[:, 0],
+            validation.labels,
+            len(train.class_names),
+            seed=session.options.seed,
+            device=session.device,
+            on_fit=on_fit,
+        )
+        details = {"C": sweep.best.C, "token": kind, "layer": layer + 1, **_left_out(train, validation)}
+        details["held_out_accuracies"] = {f"{C:g}": accuracy for C, accuracy in sweep.held_out_accuracies.items()}
+        metrics = {"accuracy": sweep.top1, "top5_accuracy": sweep.top5}
+        return Outcome(metrics, about, details)
+
+
+def zero_shot(session: Session) -> Outcome:
+    """Classes by their names alone."""
+    options = session.options
+    dual = load_dual_encoder(session.model, device=session.device)
+    data = load_image_data(session.data, "validation", max_images=options.max_images, seed=options.seed)
+    names = data.class_names if options.class_names is None else _class_names(options.class_names, data.class_names)
+    templates = load_templates(options.templates or TEMPLATES)
+    classes = class_embeddings(dual.model, dual.tokenizer, [name.replace("_", " ") for name in names], templates)
+    images = image_embeddings(
+        dual.model, dual.image_processor, data, options.batch_size, session.accelerator, session.progress
+    )
+    ranked = zero_shot_logits(images, classes).topk(min(5, len(names)), dim=1).indices
+    is_true = ranked == torch.tensor(data.labels)[:, None]
+    metrics = {
+        "accuracy": is_true[:, 0].double().mean().item(),
+        "top5_accuracy": is_true.any(dim=1).double().mean().item(),
+    }
+    details = {"templates": templates, "class_names": list(names)}
+    return Outcome(metrics, session.about(data, len(data)), details)
+
+
+def out_of_distribution_probe(session: Session) -> Outcome:
+    """A probe on CLS against one on CLS and the mean of the registers."""
+    options, kinds = session.options, ["cls", "register_mean"]
+    with ExitStack() as stack:
+        train, validation, about = _splits(session, stack, kinds, session.last_layers(1))
+        others = {
+            group: {
+                name: stack.enter_context(_further(session, source, kinds, train.class_names, group == "shifted"))
+                for name, source in getattr(options, group).items()
+            }
+            for group in ("shifted", "outliers")
+        }
+        results = out_of_distribution(
+            _inputs(train, "cls", kinds),
+            _inputs(validation, "cls", kinds),
+            len(train.class_names),
+            shifted={name: _inputs(each, "cls", kinds) for name, each in others["shifted"].items()},
+            outliers={name: _inputs(each, "cls", kinds) for name, each in others["outliers"].items()},
+            seed=options.seed,
+            device=session.device,
+            accelerator=session.accelerator,
+        )
+        metrics = {}
+        for probe, prefix in ((CLS_AND_REGISTERS, ""), (CLS, "cls_")):
+            result = results[probe]
+            metrics[f"{prefix}accuracy"] = result.accuracy
+            metrics |= {f"{prefix}accuracy_{name}": value for name, value in result.shifted_accuracies.items()}
+            for name, score in result.anomalies.items():
+                metrics |= {f"{prefix}fpr95_{name}": score.fpr95, f"{prefix}auroc_{name}": score.auroc}
+        details = {"chosen": {probe: result.chosen for probe, result in results.items()}}
+        return Outcome(metrics, about, details)
+
+
+def image_token(encoder: VisionEncoder) -> str:
+    """What stands for an image: CLS, or the mean of the patches where there is none."""
+    return "cls" if encoder.has_cls else "patch_mean"
+
+
+# Data
+
+
+def _splits(
+    session: Session, stack: ExitStack, kinds: Sequence[str], layers: Sequence[int]
+) -> tuple[Features, Features, dict[str, object]]:
+    """Features of training and validation images, and what results say of these."""
+    # both are found before the first takes its time
+    train_data = _labelled(session, session.source(), "train")
+    data = _labelled(session, session.source(), "validation", train_data.class_names)
+    train, validation = (
+        stack.enter_context(session.features(each, kinds, layers, session.options.preprocessing))
+        for each in (train_data, data)
+    )
+    of_train = session.about(train_data, len(train))
+    about = {"num_train_images": of_train["num_images"], "train_sha256": of_train["sha256"]}
+    return train, validation, session.about(data, len(validation)) | about
+
+
+def _labelled(
+    session: Session,
+    source: str | Path | Mapping,
+    split: str,
+    class_names: Sequence[str] | None = None,
+) -> ImageData:
+    options = session.options
+    return load_image_data(
+        source,
+        split,
+        class_names=class_names,
+        max_images=options.max_images,
+        seed=options.seed,
+        streaming=options.streaming,
+    )
+
+
+def _further(
+    session: Session, source: str, kinds: Sequence[str], class_names: Sequence[str], has_these_classes: bool
+) -> Features:
+    data = _labelled(session, source, "validation", class_names if has_these_classes else None)
+    return session.features(data, kinds, session.last_layers(1), session.options.preprocessing)
+
+
+def _inputs(features: Features, kind: str, kinds: Sequence[str]) -> ImageFeatures:
+    def of(name: str) -> torch.Tensor | None:
+        return features[name].tensor() if name in kinds and name != kind else None
+
+    return ImageFeatures(features[kind].tensor(), features.labels, of("patch_mean"), of("register_mean"))
+
+
+def _left_out(*features: Features) -> dict[str, list[str]]:
+    """What could not be read, in words."""
+    reasons = [reason for each in features for reason in each.left_out.values()]
+    return {"left_out": reasons} if reasons else {}
+
+
+def _class_names(path: str | Path, known: Sequence[str]) -> list[str]:
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The class names {path} cannot be read: {error}.") from error
+    if len(names) != len(known):
+        raise ValueError(
+            f"{path} has {len(names)} class names, and the images have {len(known)} classes: write one a line in the "
+            f"order of {', '.join(list(known)[:3])}, …"
+        )
+    return names
+
+
+# Models
+
+
+def _head_numbers(score) -> dict[str, object]:
+    numbers = {"accuracy": score.accuracy, "selection_accuracy": score.selection_accuracy}
+    return {**score.settings._asdict(), **numbers}
+
+
+def _save_classifier(session: Session, sweep: LinearSweep, class_names: Sequence[str]) -> None:
+    """A ViTReg with the best head is a classifier; of other models the head alone is saved."""
+    encoder, head = session.encoder, sweep.best
+    if encoder.source != "vitreg" or not encoder.has_cls:
+        save_file({"weight": head.weight, "bias": head.bias}, session.folder / "linear_head.safetensors")
+        return
+    classifier_from_head(encoder.model, head, class_names).save_pretrained(session.folder / "classifier")
+    _image_processor(session).save_pretrained(session.folder / "classifier")
+
+
+def _image_processor(session: Session) -> BitImageProcessor:
+    """What prepares images as they were for the features."""
+    encoder = session.encoder
+    height, width = session.options.size or encoder.image_size
+    settings = {
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
+        "do_convert_rgb": True,
+        "resample": 3,
+    }
+    if session.options.preprocessing == "stretch" or height != width:
+        return BitImageProcessor(size={"height": height, "width": width}, do_center_crop=False, **settings)
+    shortest = round(height * 256 / 224) if session.options.preprocessing == "crop" else height
+    return BitImageProcessor(
+        size={"shortest_edge": shortest}, crop_size={"height": height, "width": width}, **settings
+    )

@@ -219,7 +219,10 @@ def _further(
 
 def _inputs(features: Features, kind: str, kinds: Sequence[str]) -> ImageFeatures:
     def of(name: str) -> torch.Tensor | None:
-        return features[name].tensor() if name in kinds and name != kind else None
+        if name not in kinds or name == kind:
+            return None
+        # of the last layer, which is all that is read
+        return torch.cat([batch[:, -1] for batch in features[name].batches(1024)])
 
     return ImageFeatures(features[kind].tensor(), features.labels, of("patch_mean"), of("register_mean"))
 

@@ -36,14 +36,14 @@ def by_sklearn(features, labels, C):
 @pytest.mark.parametrize("normalization", ["none", "l2", "standardize"])
 def test_model_is_that_of_sklearn(problem, C, normalization):
     features, labels = problem
-    model = fit_logistic(features, labels, NUM_CLASSES, C, normalization=normalization, tolerance=1e-9)
+    model = fit_logistic(features, labels, NUM_CLASSES, C, normalization=normalization, tolerance=1e-7)
     prepare = {"none": np.asarray, "l2": normalize, "standardize": StandardScaler().fit_transform}[normalization]
     reference = by_sklearn(prepare(features.double().numpy()), labels, C)
     torch.testing.assert_close(model.weight, torch.from_numpy(reference.coef_), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.bias, torch.from_numpy(reference.intercept_), atol=1e-4, rtol=1e-4)
     expected = torch.from_numpy(reference.predict_proba(prepare(features.double().numpy())))
     torch.testing.assert_close(model.logits(features).softmax(dim=1), expected, atol=1e-5, rtol=0)
-    assert model.max_gradient <= 1e-9 and model.C == C
+    assert model.max_gradient <= 1e-7 and model.C == C
 
 
 def test_two_classes_are_as_in_sklearn():
@@ -58,7 +58,7 @@ def test_two_classes_are_as_in_sklearn():
 
 def test_digits_are_classified_as_by_sklearn():
     values, labels = load_digits(return_X_y=True)
-    model = fit_logistic(torch.from_numpy(values[:1200] / 16), labels[:1200], 10, 0.5, tolerance=1e-6)
+    model = fit_logistic(torch.from_numpy(values[:1200] / 16), labels[:1200], 10, 0.5, tolerance=1e-8)
     reference = by_sklearn(values[:1200] / 16, labels[:1200], 0.5)
     probabilities = model.logits(torch.from_numpy(values[1200:] / 16)).softmax(dim=1)
     np.testing.assert_allclose(probabilities, reference.predict_proba(values[1200:] / 16), atol=1e-4)
@@ -79,7 +79,7 @@ def test_float32_comes_close(problem):
     model = fit_logistic(*problem, NUM_CLASSES, 0.1, dtype=torch.float32)
     expected = fit_logistic(*problem, NUM_CLASSES, 0.1, tolerance=1e-9)
     assert model.weight.dtype == model.logits(problem[0]).dtype == torch.float32
-    torch.testing.assert_close(model.weight.double(), expected.weight, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.weight.double(), expected.weight, atol=5e-3, rtol=0)
 
 
 def test_a_start_saves_steps_and_changes_nothing(problem, monkeypatch):

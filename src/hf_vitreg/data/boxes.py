@@ -13,12 +13,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import PIL.ExifTags
-import PIL.Image
 
 from ..distributed import num_cores
 from .datasets import IMAGE_SUFFIXES
-from .image_data import FileImages, read_ahead
+from .image_data import FileImages, read_ahead, upright_size
 
 
 logger = logging.getLogger(__name__)
@@ -264,7 +262,7 @@ def _box_images(items: Sequence[_Annotated], display_name: str) -> BoxImages:
 
 
 def _require_inside(item: _Annotated) -> None:
-    height, width = _upright_size(item.path)
+    height, width = upright_size(item.path)
     for box in item.boxes:
         left, top, right, bottom = box
         shown = f"{item.source} has the box {[float(side) for side in box]} (left, top, right, bottom)"
@@ -275,17 +273,6 @@ def _require_inside(item: _Annotated) -> None:
                 f"{shown} outside its image {item.path} of {height}x{width} pixels (height x width). Correct or "
                 "remove it."
             )
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Height and width as the image is looked at, from its header."""
-    try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise ValueError(f"{path} cannot be read as an image: {' '.join(str(error).split())}.") from error
-    return (width, height) if is_turned else (height, width)
 
 
 def _array(boxes: Iterable[Sequence[float]]) -> np.ndarray:

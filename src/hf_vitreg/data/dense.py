@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
 from rich.console import Console
 from rich.progress import Progress
@@ -21,7 +20,7 @@ from rich.progress import Progress
 from ..distributed import num_cores
 from .datasets import DEEP_MODES, SPLIT_NAMES
 from .dense_layouts import VOID, find_class_names, find_layout
-from .image_data import FileImages, read_ahead
+from .image_data import FileImages, read_ahead, upright_size
 
 
 DEEP_INTEGERS = DEEP_MODES - {"F"}
@@ -282,24 +281,13 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _require_same_size(target: np.ndarray, path: Path, image_path: Path) -> None:
-    size = _upright_size(image_path)
+    size = upright_size(image_path)
     if target.shape != size:
         height, width = target.shape
         raise ValueError(
             f"{path} has {height}x{width} pixels (height x width), and its image {image_path} {size[0]}x{size[1]}. "
             "Both must be of one size."
         )
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image as it is looked at, from its header."""
-    try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as an image: {' '.join(str(error).split())}.") from error
-    return (width, height) if is_turned else (height, width)
 
 
 def _select(data: Any, indices: Sequence[int]) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import fsspec
+import PIL.ExifTags
 import PIL.Image
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -100,6 +101,21 @@ def decode(content: bytes, name: str) -> PIL.Image.Image:
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be read as an image: {reason}. Repair or remove it.") from error
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image as it is looked at, from its header.
+
+    Raises:
+        ValueError: where it cannot be read as an image.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        raise ValueError(f"{path} cannot be read as an image: {' '.join(str(error).split())}.") from error
+    return (width, height) if is_turned else (height, width)
 
 
 def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], pool: ThreadPoolExecutor, ahead: int):

@@ -143,7 +143,8 @@ def load_image_data(
     Args:
         source: A folder with a folder a split (`train`, and `validation`, `val` or `test`) of a folder a class; a
             folder of parquet files that are named after their split, or are in a folder that is; a pattern of such
-            files; the id of a dataset on the Hub; `"digits"`; or a mapping from split to any of the first three.
+            files; the id of a dataset on the Hub; `"digits"`; or a mapping from split to any of these, where folders
+            and files are those of this split alone.
         split: `"train"`, `"validation"` (where there is none, the test split), `"test"`, or what a dataset on the Hub
             calls its own. `None` for a source that is not split.
         class_names: Those of training, whose numbers the labels get; by default as the source numbers them.
@@ -198,7 +199,9 @@ class _Found:
 def _locate(source: str | Path | Mapping, split: str | None, config_name: str | None) -> _Found:
     if isinstance(source, Mapping):
         name = _choose(list(source), split, f"The mapping {dict(source)}")
-        return replace(_locate(source[name], None, config_name), split=name)
+        is_here = Path(source[name]).exists() or glob.glob(str(source[name]), recursive=True)
+        # files were given for this split; of the Hub and of digits it is still to be taken
+        return replace(_locate(source[name], None if is_here else split, config_name), split=name)
     path = Path(source)
     if str(source) == "digits":
         return _Found(
@@ -231,6 +234,15 @@ def _in_folder(folder: Path, split: str | None) -> _Found:
     children = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     name = _choose(children, split, f"The folder {folder}")
     return _Found("folder", (str(folder / name),), _display_name(folder), name)
+
+
+def has_splits(source: str | Path) -> bool:
+    """Whether it is divided into splits, as all that is no folder must be."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return True
+    children = [*folder.iterdir(), *folder.glob("data/*.parquet")]
+    return any(re.match(r"[a-zA-Z]*", child.name)[0].lower() in SPLIT_NAMES for child in children)
 
 
 def _display_name(folder: Path) -> str:

@@ -24,24 +24,13 @@ import PIL.Image
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from torchvision.transforms.v2 import functional as image_functional
 
 from ..data.image_data import ImageData, StreamedData, content_hash, decode, read_ahead
 from ..distributed import num_cores
 from ..features import Tokens, VisionEncoder
 from .feature_cache import INDICES, LABELS, FeatureCache, Features, MappedTensor, Shard, encoder_key
+from .progress import progress_bar
 
 
 POOLED_KINDS = ("cls", "patch_mean", "register_mean")
@@ -406,19 +395,13 @@ class _Run:
         num_workers = self.num_workers or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if self.processes.num_processes > 1:
             title = f"{title}, process 1 of {self.processes.num_processes}"
-        with ThreadPoolExecutor(num_workers) as pool, self._bar() as bar:
+        is_shown = self.progress and self.processes.is_main_process
+        with ThreadPoolExecutor(num_workers) as pool, progress_bar(is_shown) as bar:
             task = bar.add_task(title, total=total)
             # the next batch is made while the model is busy with this one
             prepared = read_ahead(self._prepare, jobs, pool, ahead=self.batch_size)
             for number, images in groupby(prepared, key=lambda each: each.job.shard):
                 self.cache.write(self._shard(number, images, lambda count: bar.advance(task, count)))
-
-    def _bar(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _ImagesPerSecond())
-        is_shown = self.progress and self.processes.is_main_process
-        return Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not is_shown
-        )
 
     def _prepare(self, job: _Job) -> _Prepared:
         try:
@@ -463,12 +446,6 @@ class _Rows:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: buffer[: self.length] for name, buffer in self.buffers.items()}
-
-
-class _ImagesPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} images/s")
 
 
 def _refuse_left_out(data: ImageData | StreamedData, shards: Sequence[Shard], on_bad_image: str) -> None:

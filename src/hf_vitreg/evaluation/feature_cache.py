@@ -9,9 +9,9 @@ that was copied from another cache, or is cut short, is refused.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
+import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
+from ..atomic import atomic_file
 from ..features import VisionEncoder, model_hash
 
 
 FORMAT = 1
+LEFTOVER_SECONDS = 3600
 MANIFEST = "manifest.json"
 INDICES, LABELS = "indices", "labels"
 # of a config, what no output depends on
@@ -146,7 +148,11 @@ class MappedTensor(Sequence):
 
     def _rows(self, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
         index = torch.as_tensor(index)
-        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long() % len(self)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+        outside = index[(index < -len(self)) | (index >= len(self))]
+        if len(outside):
+            raise IndexError(f"Row {outside[0]} does not exist: there are {len(self)}.")
+        index = index % len(self)
         rows = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
         parts = torch.bucketize(index, torch.tensor(self.starts[1:]), right=True)
         for part in parts.unique().tolist():
@@ -175,9 +181,9 @@ class Features(contextlib.AbstractContextManager):
     tensors: Mapping[str, MappedTensor]
     layers: tuple[int, ...]
     grid: tuple[int, int]
-    indices: torch.Tensor
-    labels: torch.Tensor | None
-    class_names: Sequence[str]
+    indices: torch.Tensor = field(repr=False)
+    labels: torch.Tensor | None = field(repr=False)
+    class_names: Sequence[str] = field(repr=False)
     left_out: Mapping[int, str]
     folder: Path
     name_of: Callable[[int], str] = field(repr=False)
@@ -263,7 +269,7 @@ class FeatureCache:
             "num_images": str(shard.num_images),
             "left_out": json.dumps({str(index): reason for index, reason in shard.left_out.items()}),
         }
-        with self._replacing(self.path(shard.number)) as path:
+        with atomic_file(self.path(shard.number)) as path:
             save_file(dict(shard.tensors), path, metadata)
 
     def read(self, number: int) -> Shard:
@@ -304,7 +310,7 @@ class FeatureCache:
             about: What no feature depends on: names, and the number of images where it is known.
         """
         manifest = {"key": self.key, **about, "features": self.description}
-        with self._replacing(self.folder / MANIFEST) as path:
+        with atomic_file(self.folder / MANIFEST) as path:
             path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     def has_manifest(self) -> bool:
@@ -331,19 +337,10 @@ class FeatureCache:
         return num_images
 
     def remove_leftovers(self) -> None:
-        """Removes what writers left that were killed. Only where all shards are there."""
+        """Removes what writers left that were killed; a file of the last hour may be that of one who is at work."""
         for path in self.folder.glob(".*.partial"):
-            path.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _replacing(self, path: Path) -> Iterator[Path]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            yield partial
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink(missing_ok=True)
 
 
 def _delete(path: Path) -> str:

@@ -52,8 +52,8 @@ def require_features(features: torch.Tensor, name: str, ndim: int = 2) -> None:
         finite = torch.isfinite(features[rows]).flatten(1).all(dim=1)
         if not finite.all():
             raise ValueError(
-                f"The {name} features of image {rows.start + int((~finite).nonzero()[0])} are NaN or infinite. Extract "
-                "them anew in float32 or bfloat16: tokens overflow float16 easily."
+                f"The {name} features of image {rows.start + int((~finite).nonzero()[0])} are NaN or infinite. "
+                "Extract them anew in float32 or bfloat16: tokens overflow float16 easily."
             )
 
 
@@ -72,15 +72,16 @@ def require_labels(
     """Labels as an int64 tensor on the CPU, `(num_images,)`.
 
     Raises:
-        ValueError: If there are none, their number is not that of the images, or one is not from 0 to `num_classes - 1`.
+        ValueError: If there are none, their number is not that of the images, or one is not from 0 to
+            `num_classes - 1`.
     """
     if labels is None:
         raise ValueError(f"The {name} images have no labels, and this evaluation needs the class of each.")
     labels = torch.as_tensor(labels).detach().cpu()
     if labels.is_floating_point() or labels.is_complex() or labels.shape != (num_images,):
         raise ValueError(
-            f"The {name} labels must be {num_images} integers, one for each image with features, got {labels.dtype} of "
-            f"shape {tuple(labels.shape)}."
+            f"The {name} labels must be {num_images} integers, one for each image with features, got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}."
         )
     labels = labels.long()
     outside = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()

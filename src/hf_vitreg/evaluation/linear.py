@@ -144,7 +144,8 @@ def linear_sweep(
         layers: Numbers of last layers that heads read.
         patch_mean: Whether they read the mean of the patches too.
         num_epochs: Passes over the training images. DINOv2 takes 12,500 steps, at 8 x 128 images ten passes.
-        num_iterations: Steps, in place of `num_epochs`.
+        num_iterations: Steps, in place of `num_epochs`. A small training set needs it: where ten passes are a few
+            hundred steps, the learning rates of the sweep, which are for thousands, leave every head half trained.
         batch_size: Images a step, always full: one pass runs into the next.
         selection: Which images the best head is chosen on.
         held_out_share: Of the training images of each class, with `selection="held_out"`.

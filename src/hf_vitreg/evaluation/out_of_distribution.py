@@ -104,7 +104,7 @@ def out_of_distribution(
     for kind in (CLS, CLS_AND_REGISTERS):
         of_kind = {name: features[kind] for name, features in inputs.items()}
         _require_sets(of_kind)
-        fit = fits[probe](of_kind, labels, num_classes, seed, device, accelerator, options)
+        fit = fits[probe](of_kind, labels, num_classes, accelerator, {"seed": seed, "device": device, **options})
         results[kind] = _measure(fit, of_kind, labels, shifted, outliers)
     return results
 
@@ -149,18 +149,30 @@ class _Fit(NamedTuple):
     chosen: str
 
 
-def _logistic_probe(inputs, labels, num_classes, seed, device, accelerator, options) -> _Fit:
+def _logistic_probe(
+    inputs: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
+    num_classes: int,
+    accelerator: Accelerator | None,
+    options: dict[str, Any],
+) -> _Fit:
+    """Every process fits it whole."""
     sets = (inputs["training"], labels["training"], inputs["test"], labels["test"])
-    best = logistic_sweep(*sets, num_classes, seed=seed, device=device, **options).best
-    return _Fit(lambda features: best.logits(features, device), f"C = {best.C:g}")
+    best = logistic_sweep(*sets, num_classes, **options).best
+    return _Fit(lambda features: best.logits(features, options["device"]), f"C = {best.C:g}")
 
 
-def _linear_probe(inputs, labels, num_classes, seed, device, accelerator, options) -> _Fit:
+def _linear_probe(
+    inputs: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
+    num_classes: int,
+    accelerator: Accelerator | None,
+    options: dict[str, Any],
+) -> _Fit:
     """The heads of the linear sweep on one vector, which they take for the CLS of one layer."""
     train, test = (ImageFeatures(inputs[name], labels[name]) for name in ("training", "test"))
     fixed = {"layers": (1,), "patch_mean": (False,), "selection": "held_out"}
-    settings = {"seed": seed, "device": device, "accelerator": accelerator}
-    best = linear_sweep(train, test, num_classes, **fixed, **settings, **options).best
+    best = linear_sweep(train, test, num_classes, accelerator=accelerator, **fixed, **options).best
     return _Fit(best.logits, f"lr {best.settings.learning_rate:g}")
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import functional as image_functional
 from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 
 class Tokens(NamedTuple):
@@ -513,6 +514,21 @@ def load_vit(name: str | Path, device: str | torch.device = "cpu", dtype: torch.
         encoder = VisionEncoder.wrap(model, name, mean, std)
     encoder.model.to(device)
     return encoder
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' table of weights that are not used: what matters of it is an error here."""
+    before = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 """What results were computed with: the machine in words, and the versions of packages."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +26,24 @@ def package_versions() -> dict[str, str]:
         except ImportError:  # PackageNotFoundError, where it is not installed
             continue
     return versions
+
+
+def usable_device(name: str | None = None) -> torch.device:
+    """A device by its name, as `cuda:1`; by default a GPU where there is one. Raises `ValueError` for one not here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the first for a NotImplementedError, too
+        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """In this context a GPU that is full is a `ValueError` that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"The device has too little memory; lower --batch-size or --size. {error}") from error
 
 
 def describe_machine(device: torch.device) -> str:

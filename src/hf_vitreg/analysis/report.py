@@ -4,18 +4,17 @@
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jinja2
 import torch
-from transformers.utils import logging as transformers_logging
 
 from ..atomic import atomic_folder
-from ..features import VisionEncoder, load_vit
+from ..features import VisionEncoder, load_vit, quiet_loading
+from ..machine import memory_errors, usable_device
 from .image_files import find_images
 from .inspection import Inspection, inspect
 from .norms import Side
@@ -84,11 +83,11 @@ def inspect_model(
         OSError: where the report cannot be written; none is left then.
     """
     check_output(output, overwrite)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(device)
     found = find_images(images, max_images, seed)
     model, checkpoints = _last_checkpoint(model, checkpoints)
-    with _quiet_loading(), _memory_errors():
-        encoder = load_vit(model, device=_device(device))
+    with quiet_loading(), memory_errors():
+        encoder = load_vit(model, device=device)
         other = load_vit(compare, device=device) if compare else None
         steps = _steps(checkpoints, encoder, device) if checkpoints else {}
         options = {"threshold": threshold, "side": side, "layer": layer, "size": size, "batch_size": batch_size}
@@ -234,7 +233,7 @@ def _last_checkpoint(model: str | Path, checkpoints: str | Path | None) -> tuple
     return folders[-1][1], model
 
 
-def _steps(checkpoints: str | Path, encoder: VisionEncoder, device: str) -> dict:
+def _steps(checkpoints: str | Path, encoder: VisionEncoder, device: torch.device) -> dict:
     folders = checkpoint_folders(checkpoints)
     if not folders:
         raise ValueError(
@@ -242,34 +241,3 @@ def _steps(checkpoints: str | Path, encoder: VisionEncoder, device: str) -> dict
             "checkpoint-500, with config.json or model.safetensors in them."
         )
     return {step: partial(load_checkpoint, path, encoder, device) for step, path in folders}
-
-
-def _device(name: str) -> str:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the first for a NotImplementedError, too
-        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return name
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' table of weights that are not used: what matters of it is an error here."""
-    before = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"The device has too little memory; lower --batch-size or --size. {error}") from error

@@ -88,7 +88,7 @@ def _norms_only(run: Run, title: str) -> dict:
     return verdict_numbers(verdict) | {"split_off_layer": verdict.split_off_layer}
 
 
-def load_checkpoint(path: Path, base: VisionEncoder | None, device: str = "cpu") -> VisionEncoder:
+def load_checkpoint(path: Path, base: VisionEncoder | None, device: str | torch.device = "cpu") -> VisionEncoder:
     """A checkpoint with a config, or only the weights of one, for the model of its run.
 
     Args:

@@ -135,7 +135,10 @@ def _named(texts: list[str] | None) -> dict[str, str]:
     for name, equals, place in pairs:
         if not (name and equals and place):
             raise typer.BadParameter(f"{name}{equals}{place!r} is not NAME=PATH, as sketches=data/sketches.")
-    return {name: place for name, _, place in pairs}
+    named = {name: place for name, _, place in pairs}
+    if len(named) < len(pairs):
+        raise typer.BadParameter(f"Two of {', '.join(texts)} have one name.")
+    return named
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -173,7 +176,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
     num_workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep features here, for other tasks too.")] = None,
-    max_images: Annotated[int | None, typer.Option(help="Take a random sample of so many of each split.")] = None,
+    max_images: Annotated[
+        int | None, typer.Option(help="Take a random sample of so many of each split; of a stream the first.")
+    ] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data as it comes.")] = False,
     skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave out what cannot be read.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
@@ -236,6 +241,73 @@ def evaluate(
         for name, value in done.metrics.items():
             typer.echo(f"{name}: {value:.4f}")
         typer.echo(done.folder)
+
+
+@app.command(context_settings=UNDERSCORES)
+def reproduce(
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE", help="table1 to table5, figure8 or local_probes, of the registers paper.")
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR_OR_ID", help="A model by the table's name for it. Can be given several times."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A data set by the table's name for it. Can be given several times."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results.json, table.md and evaluations go.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="In place of the table's.")
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(help="Labelled images: a random sample of each split.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Tables of tokens: norm of an outlier.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="Zero-shot: class names, one a line.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    num_workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep features here, for other tables too.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take what was measured here on the same models, data and options.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
+) -> None:
+    """Run a table of "Vision Transformers Need Registers", and print ours beside the published numbers.
+
+    Without models and data it prints the published table, and what is needed to run it.
+    """
+    from .evaluation.reproduce import reproduce as run
+    from .evaluation.table_jobs import ReproduceOptions
+
+    with user_errors():
+        options = ReproduceOptions(
+            size=size,
+            max_images=max_images,
+            threshold=threshold,
+            class_names=class_names,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            cache_dir=cache_dir,
+            seed=seed,
+        )
+        reproduced = run(
+            table,
+            _named(model),
+            _named(data),
+            output,
+            options,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            progress=True,
+        )
+        if reproduced is not None:
+            reproduced.show()
+    if reproduced is not None and reproduced.count("failed"):
+        raise typer.Exit(1)
 
 
 @app.command(context_settings=UNDERSCORES)

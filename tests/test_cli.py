@@ -1,15 +1,27 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
 import ast
+import inspect
+import json
+import shutil
 import tomllib
 from pathlib import Path
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
+import yaml
+from evaluation_cases import README, dense, labelled, save_model, voc
+from sample_images import colour_image
+from test_data_boxes import voc_object
 from typer.testing import CliRunner
 
 import hf_vitreg
 from hf_vitreg import cli
 from hf_vitreg.analysis import report
+from hf_vitreg.evaluation import evaluate as evaluation
+from hf_vitreg.evaluation.options import EvaluationOptions
 from hf_vitreg.hub import export
 
 
@@ -145,3 +157,184 @@ def test_inspect_says_in_one_line_what_is_wrong(tmp_path):
         f"Error: There is no image in {tmp_path}"
     )
     assert run("inspect", "model", "--images", tmp_path).exit_code == 2, "usage"
+
+
+# evaluate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Sound data of every kind, of which a test spoils a copy."""
+    folder = tmp_path_factory.mktemp("data")
+    labelled(folder / "birds")
+    dense(folder / "rooms")
+    voc(folder / "VOC2007")
+    return folder
+
+
+def evaluate(model, task, data, output, *arguments):
+    arguments = ["--task", task, "--data", data, "--output", output, "--device", "cpu", *arguments]
+    return run("evaluate", model, *arguments)
+
+
+def test_evaluate_has_an_option_for_every_setting_with_its_default():
+    parameters = inspect.signature(cli.evaluate).parameters
+    defaults = {name: each.default for name, each in parameters.items() if name not in cli.NO_OPTIONS}
+    expected = vars(EvaluationOptions()) | {"shifted": None, "outliers": None}
+    assert defaults == expected
+
+
+def test_evaluate_hands_on_what_was_given_and_prints_the_numbers(tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate_model(*args, **kwargs):
+        calls.append((args, kwargs))
+        return evaluation.Evaluated(tmp_path, {"metrics": {"accuracy": 0.5, "top1_k10": 1 / 3}})
+
+    monkeypatch.setattr(evaluation, "evaluate_model", evaluate_model)
+    done = evaluate(
+        "model", "knn", "birds", tmp_path, "--ks", "3,5", "--cache_dir", "c", "--size", "28x42", "--overwrite"
+    )
+    assert (done.exit_code, done.stdout) == (0, f"accuracy: 0.5000\ntop1_k10: 0.3333\n{tmp_path}\n")
+    sets = ("--shifted", "sketches=a=b", "--shifted", "photos=c", "--outliers", "noise=d", "--seed", "7")
+    evaluate("model", "out_of_distribution", "birds", tmp_path, *sets)
+    options = [
+        EvaluationOptions(ks=(3, 5), cache_dir=Path("c"), size=(28, 42)),
+        EvaluationOptions(shifted={"sketches": "a=b", "photos": "c"}, outliers={"noise": "d"}, seed=7),
+    ]
+    assert calls == [
+        (("model", task, "birds", tmp_path, each), {"device": "cpu", "overwrite": overwrite, "progress": True})
+        for task, each, overwrite in zip(("knn", "out_of_distribution"), options, (True, False))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ks", "3,five"), "10,20,100"),
+        (("--shifted", "sketches"), "NAME=PATH"),
+        (("--outliers", "=here"), "NAME=PATH"),
+        (("--outliers", "a=here", "--outliers", "a=there"), "have one name"),
+    ],
+)
+def test_evaluate_says_how_an_option_is_written(tmp_path, arguments, message):
+    done = evaluate("model", "knn", "birds", tmp_path, *arguments)
+    assert done.exit_code == 2 and message in done.stderr
+
+
+def unlink(path):
+    return lambda folder: (folder / path).unlink()
+
+
+def empty(path):
+    def spoil(folder):
+        shutil.rmtree(folder / path)
+        (folder / path).mkdir()
+
+    return spoil
+
+
+def cut_short(path):
+    return lambda folder: (folder / path).write_bytes((folder / path).read_bytes()[:60])
+
+
+def pixels(path, *values):
+    """An image of rows of these values, 16 bits where they need them."""
+    kind = np.uint16 if "depth" in path else np.uint8
+    rows = np.resize(np.array(values, dtype=kind), (35, 1)).repeat(49, axis=1)
+    return lambda folder: PIL.Image.fromarray(rows).save(folder / path)
+
+
+def outside(folder):
+    (folder / "Annotations" / "03.xml").write_text(f"<annotation>{voc_object((1, 1, 60, 9))}</annotation>")
+
+
+def unlabelled(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    names = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cod", "eel"])})
+    for split, labels in (("train", [0, 1]), ("validation", [-1, -1])):
+        images = [colour_image(0, index) for index in range(2)]
+        datasets.Dataset.from_dict({"image": images, "label": labels}, names).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "spoil", "named"),
+    [
+        ("knn", "birds", empty("train/bee"), "birds/train/bee has no image"),
+        ("linear", "birds", lambda folder: shutil.rmtree(folder / "validation"), "birds has no validation split"),
+        ("logistic", "birds", cut_short("validation/cat/001.png"), "validation/cat/001.png cannot be read"),
+        ("knn", "birds", unlabelled, "validation.parquet has 2 labels outside 0 to 1"),
+        ("segmentation", "rooms", pixels("train/labels/02.png", 0, 7), "rooms/train/labels/02.png has 7 among its"),
+        ("segmentation", "rooms", pixels("validation/labels/01.png", 9), "validation/labels/01.png has 9 among its"),
+        ("segmentation", "rooms", unlink("validation/labels/01.png"), "rooms/validation/images/01.png has no file of"),
+        ("segmentation", "rooms", unlink("classes.txt"), "rooms has is not known: it has no classes.txt"),
+        ("depth", "rooms", pixels("train/depth/04.png", 0), "rooms/train/depth/04.png has no depth: every value is 0"),
+        ("depth", "rooms", pixels("validation/depth/01.png", 0), "validation/depth/01.png has no depth: every"),
+        ("depth", "rooms", pixels("validation/depth/02.png", 0, 30000), "02.png has no depth between 0.001 and 10 m"),
+        ("depth", "rooms", unlink("train/images/03.png"), "rooms/train/depth/03.png has no file of its name in"),
+        ("object_discovery", "VOC2007", outside, "Annotations/03.xml has the box [0.0, 0.0, 60.0, 9.0]"),
+        ("object_discovery", "VOC2007", unlink("Annotations/02.xml"), "JPEGImages/02.jpg has no boxes: there is no"),
+    ],
+)
+def test_evaluate_names_the_file_that_is_wrong_and_leaves_nothing(
+    model, sources, tmp_path, monkeypatch, task, data, spoil, named
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    spoil(shutil.copytree(sources / data, tmp_path / data))
+    done = evaluate(model, task, tmp_path / data, tmp_path / "out")
+    assert (done.exit_code, done.stdout) == (1, ""), done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("Error: ") and named in error and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "of another model"])
+def test_evaluate_names_a_cache_that_it_cannot_use(model, sources, tmp_path, spoil):
+    cache, arguments = tmp_path / "cache", ("--cache-dir", tmp_path / "cache")
+    assert evaluate(model, "knn", sources / "birds", tmp_path / "first", *arguments).exit_code == 0
+    if spoil == "cut short":
+        shard = next(cache.glob("*/*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-5])
+    else:
+        others = sorted(cache.glob("*/*.safetensors"))
+        shard = others[0]
+        shutil.copy(others[1], shard)
+    done = evaluate(model, "knn", sources / "birds", tmp_path / "out", *arguments)
+    assert done.exit_code == 1 and not (tmp_path / "out").exists()
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("Error: ") and str(shard) in error and spoil.replace("model", "model, prep") in error
+
+
+def test_evaluate_puts_results_into_the_card(model, sources, tmp_path):
+    model = shutil.copytree(model, tmp_path / "tiny")
+    for task in ("knn", "logistic", "knn"):
+        done = evaluate(model, task, sources / "birds", tmp_path / task, "--update_card", "--overwrite")
+        assert done.exit_code == 0, done.stderr
+    card = (model / "README.md").read_text()
+    entries = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert [(entry["task"]["name"], entry["dataset"]["split"]) for entry in entries] == [
+        ("logistic", "validation"),
+        ("knn", "validation"),
+    ]
+    results = json.loads((tmp_path / "knn" / "results.json").read_text())
+    assert {metric["type"]: metric["value"] for metric in entries[1]["metrics"]} == pytest.approx(results["metrics"])
+    assert card.endswith(README.split("---\n")[2])
+
+
+def test_an_error_is_a_red_line(tmp_path):
+    arguments = ["evaluate", str(tmp_path), "--task", "knn", "--data", "digits", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.app, arguments, color=True)
+    assert done.exit_code == 1 and done.stderr.startswith("\x1b[31mError: ") and done.stderr.count("\n") == 1
+
+
+def test_evaluate_needs_the_card_before_it_begins(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_model", None)
+    done = evaluate(tmp_path, "knn", sources / "birds", tmp_path / "out", "--update_card")
+    assert done.exit_code == 1 and done.stderr.startswith(f"Error: There is no card {tmp_path / 'README.md'}")
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from sample_images import colour_image, write_folder, write_parquet
 
 from hf_vitreg.data import labelled_images
 from hf_vitreg.data.image_data import ImageData
-from hf_vitreg.data.labelled_images import load_image_data
+from hf_vitreg.data.labelled_images import is_one_split, load_image_data
 
 
 COUNTS = {"ant": 3, "cat": 5}
@@ -77,6 +77,24 @@ def test_a_pattern_of_parquet_files(parquet):
     assert len(load_image_data(f"{parquet}/valuable.parquet", None)) == 1
     given = {"train": f"{parquet}/train-*.parquet", "validation": f"{parquet}/valuable.parquet"}
     assert (len(load_image_data(given, "train")), len(load_image_data(given, "validation"))) == (5, 1)
+
+
+def test_what_is_divided_itself_is_known(folder, parquet, tmp_path):
+    assert is_one_split(folder / "train") and not is_one_split(folder)
+    assert is_one_split(f"{parquet}/valuable.parquet") and not is_one_split(parquet)
+    assert not is_one_split("digits") and not is_one_split("org/photographs")
+    write_folder(tmp_path / "stations", {"train": 2, "train_station": 3})
+    assert is_one_split(tmp_path / "stations")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (parquet / "train-0.parquet").rename(tmp_path / "hub" / "data" / "train-0.parquet")
+    assert not is_one_split(tmp_path / "hub")
+
+
+def test_a_mapping_takes_the_split_of_what_is_divided(folder):
+    given = {"train": folder / "train", "validation": folder}
+    assert load_image_data(given, "validation").labels == load_image_data(folder, "validation").labels
+    given = {"train": "digits", "validation": "digits"}
+    assert [len(load_image_data(given, split)) for split in given] == [1437, 360]
 
 
 def test_digits_are_built_in():

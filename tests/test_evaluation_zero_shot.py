@@ -63,9 +63,12 @@ class Pictures:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return small_clip(tmp_path_factory.mktemp("zero_shot"))
+
+
+def small_clip(folder):
     """A small CLIP with the real vocabulary, as OpenCLIP saves it and as we convert it."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("zero_shot")
     clip = original.model.CLIP(40, vision_cfg=VISION, text_cfg=TEXT, quick_gelu=True)
     torch.save(clip.state_dict(), folder / "clip.pth")
     for name, *options in (["model"], ["vision", "--vision-only"]):

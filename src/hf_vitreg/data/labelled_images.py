@@ -143,8 +143,8 @@ def load_image_data(
     Args:
         source: A folder with a folder a split (`train`, and `validation`, `val` or `test`) of a folder a class; a
             folder of parquet files that are named after their split, or are in a folder that is; a pattern of such
-            files; the id of a dataset on the Hub; `"digits"`; or a mapping from split to any of these, where folders
-            and files are those of this split alone.
+            files; the id of a dataset on the Hub; `"digits"`; or a mapping from split to any of these, of which it is
+            taken where they are divided themselves.
         split: `"train"`, `"validation"` (where there is none, the test split), `"test"`, or what a dataset on the Hub
             calls its own. `None` for a source that is not split.
         class_names: Those of training, whose numbers the labels get; by default as the source numbers them.
@@ -199,9 +199,8 @@ class _Found:
 def _locate(source: str | Path | Mapping, split: str | None, config_name: str | None) -> _Found:
     if isinstance(source, Mapping):
         name = _choose(list(source), split, f"The mapping {dict(source)}")
-        is_here = Path(source[name]).exists() or glob.glob(str(source[name]), recursive=True)
-        # files were given for this split; of the Hub and of digits it is still to be taken
-        return replace(_locate(source[name], None if is_here else split, config_name), split=name)
+        inner = None if is_one_split(source[name]) else split
+        return replace(_locate(source[name], inner, config_name), split=name)
     path = Path(source)
     if str(source) == "digits":
         return _Found(
@@ -236,13 +235,16 @@ def _in_folder(folder: Path, split: str | None) -> _Found:
     return _Found("folder", (str(folder / name),), _display_name(folder), name)
 
 
-def has_splits(source: str | Path) -> bool:
-    """Whether it is divided into splits, as all that is no folder must be."""
+def is_one_split(source: str | Path) -> bool:
+    """Whether all of it is of one split: files, and a folder that has no splits. The Hub and digits have some."""
     folder = Path(source)
     if not folder.is_dir():
-        return True
-    children = [*folder.iterdir(), *folder.glob("data/*.parquet")]
-    return any(re.match(r"[a-zA-Z]*", child.name)[0].lower() in SPLIT_NAMES for child in children)
+        return bool(glob.glob(str(source), recursive=True))
+    files = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet"), *folder.glob("*/*.parquet")]
+    words = [word for file in files for word in (file.parent.name, re.match(r"[a-zA-Z]*", file.name)[0])]
+    # a class may be called train, and has no folders within
+    words += [path.parent.name for path in folder.glob("*/*/")]
+    return SPLIT_NAMES.isdisjoint(word.lower() for word in words)
 
 
 def _display_name(folder: Path) -> str:

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0.
 """The tasks on labelled images, from a session to what was measured."""
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import BitImageProcessor
 
-from ..data.image_data import ImageData
-from ..data.labelled_images import load_image_data
+from ..data.datasets import IMAGE_SUFFIXES
+from ..data.image_data import FileImages, ImageData
+from ..data.labelled_images import is_one_split, load_image_data
 from ..features import VisionEncoder
 from .feature_cache import Features
 from .knn import KS, knn_accuracy
@@ -25,7 +27,6 @@ from .zero_shot import (
     TEMPLATES,
     class_embeddings,
     image_embeddings,
-    load_dual_encoder,
     load_templates,
     zero_shot_logits,
 )
@@ -82,9 +83,10 @@ def linear(session: Session) -> Outcome:
             from .figures import sweep_figure  # matplotlib takes a second to import
 
             sweep_figure(session.folder / "linear.png", sweep.scores, f"{encoder.name} on {about['name']}")
-            _save_classifier(session, sweep, train.class_names)
         scores = [{"head": each.settings.name, **_head_numbers(each)} for each in sweep.scores]
         details = {"best_head": sweep.best.settings.name, "token": kind, "heads": scores}
+        if session.folder is not None:
+            details["saved"] = _save_classifier(session, sweep, train.class_names)
         details |= {"selection": session.options.selection, **_left_out(train, validation)}
         metrics = {
             "accuracy": sweep.best_score.accuracy,
@@ -118,7 +120,7 @@ def logistic(session: Session) -> Outcome:
 def zero_shot(session: Session) -> Outcome:
     """Classes by their names alone."""
     options = session.options
-    dual = load_dual_encoder(session.model, device=session.device)
+    dual = session.dual_encoder
     data = load_image_data(session.data, "validation", max_images=options.max_images, seed=options.seed)
     names = data.class_names if options.class_names is None else _class_names(options.class_names, data.class_names)
     templates = load_templates(options.templates or TEMPLATES)
@@ -165,7 +167,12 @@ def out_of_distribution_probe(session: Session) -> Outcome:
             metrics |= {f"{prefix}accuracy_{name}": value for name, value in result.shifted_accuracies.items()}
             for name, score in result.anomalies.items():
                 metrics |= {f"{prefix}fpr95_{name}": score.fpr95, f"{prefix}auroc_{name}": score.auroc}
-        details = {"chosen": {probe: result.chosen for probe, result in results.items()}}
+        further = [features for sets in others.values() for features in sets.values()]
+        details = {
+            "chosen": {probe: result.chosen for probe, result in results.items()},
+            "num_images": {group: {name: len(each) for name, each in sets.items()} for group, sets in others.items()},
+            **_left_out(train, validation, *further),
+        }
         return Outcome(metrics, about, details)
 
 
@@ -189,14 +196,15 @@ def _splits(
         for each in (train_data, data)
     )
     of_train = session.about(train_data, len(train))
-    about = {"num_train_images": of_train["num_images"], "train_sha256": of_train["sha256"]}
+    about = {"num_train_images": of_train["num_images"]}
+    about |= {f"train_{key}": of_train[key] for key in ("sha256", "stream") if key in of_train}
     return train, validation, session.about(data, len(validation)) | about
 
 
 def _labelled(
     session: Session,
     source: str | Path | Mapping,
-    split: str,
+    split: str | None,
     class_names: Sequence[str] | None = None,
 ) -> ImageData:
     options = session.options
@@ -213,8 +221,20 @@ def _labelled(
 def _further(
     session: Session, source: str, kinds: Sequence[str], class_names: Sequence[str], has_these_classes: bool
 ) -> Features:
-    data = _labelled(session, source, "validation", class_names if has_these_classes else None)
+    if not has_these_classes and (paths := _images_in(source)):
+        number = min(len(paths), session.options.max_images or len(paths))
+        chosen = random.Random(session.options.seed).sample(paths, number)
+        data = FileImages(sorted(chosen), Path(source).resolve().name)
+    else:
+        split = None if is_one_split(source) else "validation"
+        data = _labelled(session, source, split, class_names if has_these_classes else None)
     return session.features(data, kinds, session.last_layers(1), session.options.preprocessing)
+
+
+def _images_in(folder: str) -> list[Path]:
+    """Image files in a folder itself, where they need no class."""
+    files = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def _inputs(features: Features, kind: str, kinds: Sequence[str]) -> ImageFeatures:
@@ -254,19 +274,23 @@ def _head_numbers(score) -> dict[str, object]:
     return {**score.settings._asdict(), **numbers}
 
 
-def _save_classifier(session: Session, sweep: LinearSweep, class_names: Sequence[str]) -> None:
-    """A ViTReg with the best head is a classifier; of other models the head alone is saved."""
+def _save_classifier(session: Session, sweep: LinearSweep, class_names: Sequence[str]) -> str:
+    """A ViTReg with the best head is a classifier; of other models the head alone is saved. Says what was."""
     encoder, head = session.encoder, sweep.best
     if encoder.source != "vitreg" or not encoder.has_cls:
         save_file({"weight": head.weight, "bias": head.bias}, session.folder / "linear_head.safetensors")
-        return
+        return "linear_head.safetensors"
     classifier_from_head(encoder.model, head, class_names).save_pretrained(session.folder / "classifier")
-    _image_processor(session).save_pretrained(session.folder / "classifier")
+    processor = _image_processor(session)
+    if processor is None:
+        return "classifier, without an image processor: none of transformers crops to another shape than a square"
+    processor.save_pretrained(session.folder / "classifier")
+    return "classifier"
 
 
-def _image_processor(session: Session) -> BitImageProcessor:
-    """What prepares images as they were for the features."""
-    encoder = session.encoder
+def _image_processor(session: Session) -> BitImageProcessor | None:
+    """What prepares images as they were for the features; `None` where no processor of transformers does."""
+    encoder, preprocessing = session.encoder, session.options.preprocessing
     height, width = session.options.size or encoder.image_size
     settings = {
         "image_mean": list(encoder.mean),
@@ -274,9 +298,11 @@ def _image_processor(session: Session) -> BitImageProcessor:
         "do_convert_rgb": True,
         "resample": 3,
     }
-    if session.options.preprocessing == "stretch" or height != width:
+    if preprocessing == "stretch":
         return BitImageProcessor(size={"height": height, "width": width}, do_center_crop=False, **settings)
-    shortest = round(height * 256 / 224) if session.options.preprocessing == "crop" else height
+    if height != width:  # an image may be too wide for one and too high for another
+        return None
+    shortest = round(height * 256 / 224) if preprocessing == "crop" else height
     return BitImageProcessor(
         size={"shortest_edge": shortest}, crop_size={"height": height, "width": width}, **settings
     )

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from ..data.boxes import load_boxes
+from ..data.datasets import SPLIT_NAMES
 from ..data.dense import DepthImages, SegmentationImages, load_dense
+from ..metrics.depth import DepthErrors, valid_pixels
 from .box_files import draw_boxes, write_coco
 from .depth import build_depth_model, evaluate_depth, save_depth_head, train_depth_head
 from .object_discovery import default_facet, discover_objects, tune_object_discovery
+from .options import EvaluationOptions
 from .patch_heads import PatchFeatures, dense_image_processor
 from .progress import steps
 from .segmentation import (
@@ -38,6 +41,9 @@ def segmentation(session: Session) -> Outcome:
     options = session.options
     classes = {"num_classes": options.num_classes, "ignore_index": options.ignore_index}
     train, validation = _dense_splits(session, "segmentation", **classes)
+    # masks that cannot be used are found before anything takes its time
+    num_pixels = train.check(session.shows_progress)
+    validation.check(session.shows_progress)
     layers = session.last_layers(options.num_layers)
     kept = _Kept(validation)
     with ExitStack() as stack:
@@ -71,6 +77,9 @@ def segmentation(session: Session) -> Outcome:
     by_class = ("per_category_iou", "per_category_accuracy")
     details = {name: dict(zip(train.class_names, scores[name])) for name in by_class}
     details["layers"] = [layer + 1 for layer in layers]
+    details["classes_without_training_pixels"] = [
+        name for name, number in zip(train.class_names, num_pixels) if not number
+    ]
     metrics = {name: value for name, value in scores.items() if name not in by_class}
     return Outcome(metrics, _about(session, train, validation), details)
 
@@ -79,6 +88,8 @@ def depth(session: Session) -> Outcome:
     """A linear head with bins on patches and CLS, and the model that it makes."""
     options = session.options
     train, validation = _dense_splits(session, "depth", depth_scale=options.depth_scale)
+    train.check(session.shows_progress)
+    _require_depths(validation, options)
     layers = session.last_layers(options.num_layers)
     extent = {"min_depth": options.min_depth, "max_depth": options.max_depth}
     kept = _Kept(validation)
@@ -126,7 +137,9 @@ def object_discovery(session: Session) -> Outcome:
     facet = options.facet or default_facet(encoder)
     if options.tune:
         layers = (
-            (session.layer_index(),) if options.layer else session.last_layers(min(LAYERS_TRIED, encoder.num_layers))
+            session.last_layers(min(LAYERS_TRIED, encoder.num_layers))
+            if options.layer is None
+            else (session.layer_index(),)
         )
         tuned = tune_object_discovery(
             encoder,
@@ -145,7 +158,8 @@ def object_discovery(session: Session) -> Outcome:
     if session.folder is not None:
         write_coco(session.folder / "boxes.json", data, objects)
         draw_boxes(session.folder / "boxes.png", data, objects)
-    return Outcome({"corloc": corloc}, {**session.about(data, len(data)), "split": options.split}, summary)
+    about = {**session.about(data, len(data)), "split": options.split if options.annotations is None else None}
+    return Outcome({"corloc": corloc}, about, summary)
 
 
 # Dense data
@@ -163,12 +177,27 @@ def _dense_splits(session: Session, task: str, **settings) -> tuple:
 
 
 def _dense(path: str | Path, split: str, may_be_whole: bool, **settings) -> SegmentationImages | DepthImages:
-    try:
-        return load_dense(path, split, **settings)
-    except ValueError:
-        if not may_be_whole:
-            raise
-        return load_dense(path, None, **settings)
+    images = Path(path) / "images"
+    is_whole = images.is_dir() and not any(child.name.lower() in SPLIT_NAMES for child in images.iterdir())
+    return load_dense(path, None if may_be_whole and is_whole else split, **settings)
+
+
+def _require_depths(data: DepthImages, options: EvaluationOptions) -> None:
+    """Raises `ValueError` for a depth map that cannot be used, or has no pixel that counts."""
+    extent = (options.min_depth, options.max_depth, options.eigen_crop)
+    DepthErrors(*extent)  # refuses what is no range
+    for index, path in enumerate(data.target_paths):
+        target = data.target(index)
+        try:
+            is_counted = valid_pixels(target, *extent)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not is_counted.any():
+            raise ValueError(
+                f"The depth map {path} has no depth between {options.min_depth:g} and {options.max_depth:g} m"
+                f"{' within the crop' if options.eigen_crop else ''}. Leave it and its image out, or give other "
+                "--min-depth and --max-depth; of a PNG that does not hold millimetres, give --depth-scale."
+            )
 
 
 def _patches(

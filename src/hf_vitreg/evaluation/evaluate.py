@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from ..atomic import atomic_folder
-from ..features import model_hash
 from ..machine import describe_machine, package_versions
 from .classification_tasks import knn, linear, logistic, out_of_distribution_probe, zero_shot
 from .dense_tasks import depth, object_discovery, segmentation
@@ -78,7 +77,7 @@ def evaluate_model(
         output: Folder for `results.json`, pictures and the trained heads.
         options: Of the task.
         device: Where to compute; by default a GPU where there is one.
-        overwrite: Replace results that are there.
+        overwrite: Replace results that are there, with everything in their folder.
         progress: Show bars on stderr.
 
     Returns:
@@ -90,7 +89,7 @@ def evaluate_model(
     """
     options = options or EvaluationOptions()
     require_options_of(task, options)
-    check_output(output, overwrite)
+    check_output(output, overwrite, options.cache_dir)
     accelerator, chosen = _processes(device)
     with _folder(Path(output), accelerator) as folder, _quiet_loading():
         session = Session(model, data, folder, options, accelerator, chosen, progress)
@@ -103,9 +102,11 @@ def evaluate_model(
     return None if folder is None else Evaluated(Path(output), results)
 
 
-def check_output(folder: str | Path, overwrite: bool = False) -> None:
-    """Raises `ValueError` where results may not be written: nothing but results is ever replaced."""
+def check_output(folder: str | Path, overwrite: bool = False, cache_dir: str | Path | None = None) -> None:
+    """Raises `ValueError` where results may not be written: no folder but one of results is ever replaced."""
     folder = Path(folder)
+    if cache_dir is not None and Path(cache_dir).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"The cache {cache_dir} is in the folder of the results, {folder}, which replace it.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Give a folder for the results.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -146,7 +147,7 @@ def _results(task: str, session: Session, outcome: Outcome, seconds: float) -> d
             "results_version": RESULTS_VERSION,
             "task": task,
             "metrics": dict(outcome.metrics),
-            "model": _about_model(session),
+            "model": session.about_model(),
             "data": {**outcome.data, "path": session.data},
             "options": {**options, "seed": session.options.seed},
             "details": outcome.details,
@@ -156,14 +157,6 @@ def _results(task: str, session: Session, outcome: Outcome, seconds: float) -> d
             "seconds": round(seconds, 1),
         }
     )
-
-
-def _about_model(session: Session) -> dict:
-    encoder = session.loaded
-    if encoder is None:
-        return {"name": str(session.model)}
-    names = ("name", "source", "num_layers", "hidden_size", "patch_size", "num_registers")
-    return {name: getattr(encoder, name) for name in names} | {"sha256": model_hash(encoder.model)}
 
 
 def _plain(value: object) -> object:

@@ -40,7 +40,9 @@ def segmentation_figure(path: Path, shown: Shown, class_names: Sequence[str], ig
             axes.imshow(np.where(is_counted[..., None], colours[np.where(is_counted, values, 0)], BLACK))
     present = sorted({value for _, _, target, _ in shown for value in np.unique(target) if value != ignore_index})
     handles = [Patch(color=colours[value], label=class_names[value]) for value in present[:20]]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    legend = figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names are no formulas
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
@@ -54,8 +56,7 @@ def depth_figure(path: Path, shown: Shown) -> None:
     figure, grid = _grid("Depth by a linear head", shown)
     known = np.concatenate([target[target > 0] for _, _, target, _ in shown]) if shown else np.ones(1)
     norm = LogNorm(float(known.min()), max(float(known.max()), 1.01 * float(known.min())))
-    colours = colormaps["cividis"].copy()
-    colours.set_bad("black")
+    colours = colormaps["cividis"].with_extremes(bad="black")
     for row, (_, image, target, prediction) in zip(grid, shown):
         row[0].imshow(image)
         row[1].imshow(np.ma.masked_less_equal(target, 0), cmap=colours, norm=norm)
@@ -87,7 +88,7 @@ def sweep_figure(path: Path, scores: Sequence[HeadScore], title: str) -> None:
     for (reads, points), marker in zip(lines.items(), "osd^v<>" * len(lines)):
         axes.plot(*zip(*sorted(points)), marker=marker, ms=4, label=reads)
     axes.set(xscale="log", xlabel="learning rate, for 256 images a step", ylabel="accuracy on validation images")
-    axes.set_title(f"Linear heads\n{title}", fontsize=10, loc="left")
+    axes.set_title(f"Linear heads\n{title}", fontsize=10, loc="left", parse_math=False)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -114,6 +115,6 @@ def _grid(title: str, shown: Shown) -> tuple[Figure, np.ndarray]:
     for axes, words in zip(grid[0], ("image", "true", "predicted")):
         axes.set_title(words, fontsize=9)
     for row, (name, *_) in zip(grid, shown):
-        row[0].set_ylabel(name if len(name) <= 24 else f"…{name[-23:]}", fontsize=7)
+        row[0].set_ylabel(name if len(name) <= 24 else f"…{name[-23:]}", fontsize=7, parse_math=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure, grid

@@ -15,8 +15,6 @@ from typing import NamedTuple
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as image_functional
 
@@ -25,6 +23,7 @@ from ..distributed import num_cores
 from ..features import VisionEncoder
 from .labelled import gathered, own_share
 from .lost import attention_boxes, lost_sweep
+from .progress import progress_bar
 
 
 logger = logging.getLogger(__name__)
@@ -84,11 +83,6 @@ class _Prepared(NamedTuple):
     index: int
     pixels: torch.Tensor
     image_size: tuple[int, int]
-
-
-class _Throughput(ProgressColumn):
-    def render(self, task: Task) -> str:
-        return f"{task.finished_speed or task.speed or 0:.1f} images/s"
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +152,9 @@ class BoxFinder:
         self, units: Sequence[Sequence[int]], settings: Sequence[Settings]
     ) -> list[tuple[Settings, int, ImageBox]]:
         find = _lost if isinstance(settings[0], LostSettings) else _attention
-        columns, console = (*Progress.get_default_columns(), _Throughput()), Console(stderr=True)
         results, workers = [], num_cores()
-        with (
-            ThreadPoolExecutor(workers) as pool,
-            Progress(*columns, console=console, disable=not self.progress) as bar,
-        ):
+        is_shown = self.progress and (self.accelerator is None or self.accelerator.is_main_process)
+        with ThreadPoolExecutor(workers) as pool, progress_bar(is_shown) as bar:
             task = bar.add_task("Discovering objects", total=sum(map(len, units)))
             prepared = read_ahead(self._prepare, itertools.chain.from_iterable(units), pool, ahead=2 * workers)
             for unit in units:

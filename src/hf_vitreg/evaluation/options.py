@@ -3,10 +3,11 @@
 """What can be set of an evaluation, and which task reads it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .extraction import PREPROCESSING
 from .knn import TEMPERATURE
 
 
@@ -31,7 +32,8 @@ class EvaluationOptions:
         num_epochs, selection: Of the linear sweep, see `linear_sweep`.
         templates: File of prompt templates, one a line.
         class_names: File of class names, one a line in the order of the labels.
-        shifted, outliers: Further sets of images by name, see `out_of_distribution`.
+        shifted, outliers: Further sets of images by name, see `out_of_distribution`. Of a folder with splits, the
+            validation images.
         layout, num_classes, ignore_index, depth_scale: Of masks and depth maps, see `load_dense`.
         num_steps: Of a dense head; by default as many passes over the images as DINOv2 makes.
         label_size: Height and width that masks and depths are brought to for the loss; by default four times the grid.
@@ -107,11 +109,51 @@ READ_BY = {
 }
 
 
+CHOICES = {
+    "preprocessing": PREPROCESSING,
+    "selection": ("validation", "held_out"),
+    "method": ("lost", "attention"),
+}
+COUNTS = ("batch_size", "num_workers", "max_images", "num_layers", "num_steps", "num_epochs")
+
+
 def require_options_of(task: str, options: EvaluationOptions) -> None:
-    """Raises `ValueError` for a task that there is not, and for an option that it would not read."""
+    """Before anything is computed.
+
+    Raises:
+        ValueError: for a task that there is not, a value that no task takes, and an option that would not be read.
+    """
     if task not in READ_BY:
         raise ValueError(f"There is no task {task!r}, only {', '.join(READ_BY)}.")
-    for name in options.changed():
+    changed = options.changed()
+    for name in changed:
         if name not in READ_BY[task] | EVERY_TASK:
             readers = ", ".join(other for other, names in READ_BY.items() if name in names)
-            raise ValueError(f"The task {task} does not read --{name.replace('_', '-')}; it belongs to {readers}.")
+            raise ValueError(f"The task {task} does not read {_flag(name)}; it belongs to {readers}.")
+    for name, why in _idle(options):
+        if name in changed:
+            raise ValueError(f"{_flag(name)} is not read {why}. Leave one of them out.")
+    for name, allowed in CHOICES.items():
+        if getattr(options, name) not in allowed:
+            raise ValueError(f"{_flag(name)} must be {' or '.join(allowed)}, got {getattr(options, name)!r}.")
+    for name in COUNTS:
+        if changed.get(name) is not None and not changed[name] > 0:
+            raise ValueError(f"{_flag(name)} must be above 0, got {changed[name]}.")
+
+
+def _idle(options: EvaluationOptions) -> Iterator[tuple[str, str]]:
+    """Options of object discovery that others put out of work."""
+    if options.method == "attention":
+        yield from ((name, "with --method attention") for name in ("facet", "normalize", "bias", "tune"))
+    if options.tune:
+        yield from ((name, "with --tune, which chooses it") for name in ("normalize", "bias"))
+    else:
+        yield "tuning_share", "without --tune"
+    if options.annotations is None:
+        yield "image_list", "without --annotations"
+    else:
+        yield from ((name, "with --annotations") for name in ("split", "no_hard"))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

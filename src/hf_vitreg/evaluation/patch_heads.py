@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from transformers import DPTImageProcessor
 
+from ..atomic import atomic_file
 from ..configuration_vitreg import ViTRegConfig
 from ..data.image_data import read_ahead
 from ..distributed import num_cores
@@ -312,9 +313,8 @@ def save_head(folder: str | os.PathLike, name: str, head: nn.Module, facts: Mapp
         folder / f"{name}.json": json.dumps({**facts, "note": note}, indent=2).encode(),
     }
     for path, content in contents.items():
-        incoming = path.with_name(f".{path.name}.incoming")
-        incoming.write_bytes(content)
-        os.replace(incoming, path)
+        with atomic_file(path) as file:
+            file.write_bytes(content)
     return list(contents)
 
 

@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from ..data.image_data import ImageData, StreamedData, content_hash
-from ..features import VisionEncoder, load_vit
+from ..features import VisionEncoder, load_vit, model_hash
 from .extraction import FeatureSpec, extract
 from .feature_cache import Features
 from .options import EvaluationOptions
+from .zero_shot import DualEncoder, load_dual_encoder
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Session:
     device: torch.device
     progress: bool
     _encoder: VisionEncoder | None = None
+    _dual_encoder: DualEncoder | None = None
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -62,9 +64,19 @@ class Session:
         return self._encoder
 
     @property
-    def loaded(self) -> VisionEncoder | None:
-        """The model, where somebody asked for it."""
-        return self._encoder
+    def dual_encoder(self) -> DualEncoder:
+        """The model as one of images and texts. Raises `ValueError` as `load_dual_encoder`."""
+        if self._dual_encoder is None:
+            self._dual_encoder = load_dual_encoder(self.model, device=self.device)
+        return self._dual_encoder
+
+    def about_model(self) -> dict[str, object]:
+        """What results say of the model that the task asked for."""
+        if self._dual_encoder is not None:
+            return {"name": str(self.model), "sha256": model_hash(self.dual_encoder.model)}
+        names = ("name", "source", "num_layers", "hidden_size", "patch_size", "num_registers")
+        facts = {name: getattr(self.encoder, name) for name in names}
+        return facts | {"sha256": model_hash(self.encoder.model)}
 
     @property
     def shows_progress(self) -> bool:
@@ -110,11 +122,11 @@ class Session:
         )
 
     def about(self, data: ImageData | StreamedData, number: int) -> dict[str, object]:
-        """What results say of their images."""
+        """What results say of their images: of a stream its identity, else the hash of their content."""
         is_stream = not hasattr(data, "__len__")
         return {
             "name": data.display_name,
             "split": getattr(data, "split", None),
             "num_images": number,
-            "sha256": data.identity if is_stream else content_hash(data, self.accelerator),
+            **({"stream": data.identity} if is_stream else {"sha256": content_hash(data, self.accelerator)}),
         }

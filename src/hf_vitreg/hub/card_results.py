@@ -2,13 +2,14 @@
 # Licensed under the Apache License, Version 2.0.
 """Results of an evaluation in the model-index of a card, where the Hub reads them."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import metadata_load, metadata_save
 
 from ..atomic import atomic_file
-from .card import check_card, load_card
+from .card import load_card
 
 
 # as the Hub calls them, https://huggingface.co/tasks
@@ -24,7 +25,7 @@ def require_card(model: str | Path) -> Path:
     """The card of a model in a folder.
 
     Raises:
-        ValueError: where there is none, or its metadata cannot be read.
+        ValueError: where there is none, or its metadata cannot be read or published.
     """
     path = Path(model) / "README.md"
     if not path.is_file():
@@ -37,7 +38,10 @@ def require_card(model: str | Path) -> Path:
 
 
 def add_results(model: str | Path, results: Mapping) -> None:
-    """Puts the numbers of an evaluation into the card, in place of those of the same task, data and metric.
+    """Puts the numbers of an evaluation into the card, in place of those of the same task and data.
+
+    Everything else in the card stays as it is written. An evaluation is an entry of its own: `EvalResult` would put
+    all of one kind of task on the same data together, under the name and the source of the first.
 
     Args:
         model: Folder with a README.md.
@@ -47,30 +51,36 @@ def add_results(model: str | Path, results: Mapping) -> None:
         ValueError: As `require_card`, and where the card could not be published then.
     """
     path = require_card(model)
-    card = ModelCard.load(path)
-    new = [_result(results, name, value) for name, value in results["metrics"].items()]
-    replaced = {_place(each) for each in new}
-    kept = [each for each in card.data.eval_results or [] if _place(each) not in replaced]
-    card.data.eval_results = kept + new
-    card.data.model_name = card.data.model_name or Path(model).resolve().name
-    check_card(card)
+    metadata = metadata_load(path)
+    index = metadata.get("model-index") or [{"name": Path(model).resolve().name, "results": []}]
+    new = _entry(results)
+    others = [_without(entry, new) for entry in index[0]["results"]]
+    index[0]["results"] = [*(entry for entry in others if entry["metrics"]), new]
     with atomic_file(path) as file:
-        card.save(file)
+        shutil.copyfile(path, file)
+        metadata_save(file, {**metadata, "model-index": index})
+        load_card(file)
 
 
-def _result(results: Mapping, metric: str, value: float) -> EvalResult:
+def _entry(results: Mapping) -> dict:
+    """As the Hub reads it, https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
     task, data = results["task"], results["data"]
-    return EvalResult(
-        task_type=TASK_TYPES.get(task, "image-classification"),
-        task_name=task.replace("_", " "),
-        dataset_type=data["name"],
-        dataset_name=data["name"],
-        dataset_split=data.get("split"),
-        metric_type=metric,
-        metric_name=f"{task} {metric}".replace("_", " "),
-        metric_value=round(value, 6),
-    )
+    words = task.replace("_", " ")
+    metrics = [
+        {"type": name, "value": round(value, 6), "name": f"{words}: {name.replace('_', ' ')}"}
+        for name, value in results["metrics"].items()
+    ]
+    return {
+        "task": {"type": TASK_TYPES.get(task, "image-classification"), "name": words},
+        "dataset": {"name": data["name"], "type": data["name"], **({"split": data["split"]} if data["split"] else {})},
+        "metrics": metrics,
+    }
 
 
-def _place(result: EvalResult) -> tuple:
-    return result.task_name, result.dataset_name, result.dataset_split, result.metric_type
+def _without(entry: Mapping, new: Mapping) -> Mapping:
+    """An entry without the metrics of the new one's task, where it is of the same data."""
+    if any(entry["dataset"].get(key) != new["dataset"].get(key) for key in ("name", "split")):
+        return entry
+    prefix = f"{new['task']['name']}: "
+    kept = [metric for metric in entry["metrics"] if not str(metric.get("name", "")).startswith(prefix)]
+    return {**entry, "metrics": kept}

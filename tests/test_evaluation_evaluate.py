@@ -95,7 +95,7 @@ def test_a_failure_leaves_what_was_there(model, data, tmp_path, monkeypatch):
 
 
 def test_results_are_replaced_where_that_is_asked_for(model, data, tmp_path):
-    evaluate(model, data, tmp_path / "out", task="linear", num_epochs=1)
+    evaluate(model, data, tmp_path / "out", task="linear", num_epochs=1, min_steps=0)
     assert (tmp_path / "out" / "classifier").is_dir()
     with pytest.raises(ValueError, match=r"There are results in .*out already\. Give a new folder, or --overwrite"):
         evaluate(model, data, tmp_path / "out")
@@ -137,12 +137,14 @@ def test_features_are_extracted_once_and_never_served_for_anything_else(model, d
         patched.setattr("hf_vitreg.evaluation.extraction.batch_features", None)
         again = evaluate(model, data, tmp_path / "2", **cache).results
         evaluate(model, data, tmp_path / "3", task="logistic", **cache)
+        evaluate(model, data, tmp_path / "layer", layer=2, **cache)
+        evaluate(model, data, tmp_path / "linear", task="linear", num_epochs=1, min_steps=0, **cache)
     assert again["metrics"] == first["metrics"]
     other = save_model(tmp_path / "tiny", layer_norm_eps=1e-2)
-    for options in ({"preprocessing": "stretch"}, {"size": (28, 42)}, {"layer": 2}):
+    for options in ({"preprocessing": "stretch"}, {"size": (28, 42)}):
         evaluate(model, data, tmp_path / str(options), **cache, **options)
     assert evaluate(other, data, tmp_path / "4", **cache).results["metrics"]
-    assert len(list((tmp_path / "cache").iterdir())) == 2 * 5
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * 4
 
 
 # Several processes
@@ -173,7 +175,7 @@ def test_two_processes_measure_what_one_does(model, data, tmp_path):
     }
     options = {
         "knn": {"max_images": 1100},
-        "linear": {"num_epochs": 2},
+        "linear": {"num_epochs": 2, "min_steps": 0},
         "segmentation": {"num_steps": 7},
         "object_discovery": {"batch_size": 1},
     }

@@ -185,6 +185,7 @@ def evaluate(
     ks: Annotated[str | None, typer.Option(parser=_numbers, metavar="K,K,...", help="knn: neighbours.")] = None,
     temperature: Annotated[float, typer.Option(help="knn: of the votes.")] = 0.07,
     num_epochs: Annotated[float, typer.Option(help="linear: passes over the training images.")] = 10,
+    min_steps: Annotated[int, typer.Option(help="linear: steps at least, on however few images.")] = 4000,
     selection: Annotated[
         str, typer.Option(metavar="validation|held_out", help="linear: images that the best head is chosen on.")
     ] = "validation",

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0.
 """The tasks on labelled images, from a session to what was measured."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,16 +33,20 @@ from .zero_shot import (
 )
 
 
+BATCH_SIZE = 128  # of the linear sweep, DINOv2's of one GPU
+NUM_LAYERS = 4  # the last so many, by the larger of its heads
+
+
 def knn(session: Session) -> Outcome:
     """Nearest neighbours on one token an image."""
     kind, layer = image_token(session.encoder), session.layer_index()
     with ExitStack() as stack:
-        train, validation, about = _splits(session, stack, [kind], [layer])
+        train, validation, about = _splits(session, stack, _layers_with(session, layer))
         ks = session.options.ks or tuple(k for k in KS if k <= len(train)) or (1,)
         scores = knn_accuracy(
-            train[kind].tensor()[:, 0],
+            of_layer(train, kind, layer),
             train.labels,
-            validation[kind].tensor()[:, 0],
+            of_layer(validation, kind, layer),
             validation.labels,
             len(train.class_names),
             ks,
@@ -60,19 +65,20 @@ def linear(session: Session) -> Outcome:
     """DINOv2's sweep of linear heads, and the best as a model."""
     encoder = session.encoder
     kind = image_token(encoder)
-    numbers = (1, 4) if encoder.num_layers >= 4 else (1,)
+    numbers = (1, NUM_LAYERS) if encoder.num_layers >= NUM_LAYERS else (1,)
     patch_mean = (False, True) if kind == "cls" else (False,)
-    kinds = ["cls", "patch_mean"] if kind == "cls" else [kind]
     with ExitStack() as stack:
-        train, validation, about = _splits(session, stack, kinds, session.last_layers(numbers[-1]))
+        train, validation, about = _splits(session, stack, _last_layers(session))
+        steps_of_epochs = math.ceil(session.options.num_epochs * len(train) / BATCH_SIZE)
         on_step = stack.enter_context(steps("Linear heads", session.shows_progress))
         sweep = linear_sweep(
-            _inputs(train, kind, kinds),
-            _inputs(validation, kind, kinds),
+            _inputs(session, train),
+            _inputs(session, validation),
             len(train.class_names),
             layers=numbers,
             patch_mean=patch_mean,
-            num_epochs=session.options.num_epochs,
+            num_iterations=max(steps_of_epochs, session.options.min_steps),
+            batch_size=BATCH_SIZE,
             selection=session.options.selection,
             seed=session.options.seed,
             device=session.device,
@@ -99,12 +105,12 @@ def logistic(session: Session) -> Outcome:
     """Logistic regression on one token an image, its penalty chosen on held-out training images."""
     kind, layer = image_token(session.encoder), session.layer_index()
     with ExitStack() as stack:
-        train, validation, about = _splits(session, stack, [kind], [layer])
+        train, validation, about = _splits(session, stack, _layers_with(session, layer))
         on_fit = stack.enter_context(steps("Logistic regressions", session.shows_progress))
         sweep = logistic_sweep(
-            train[kind].tensor()[:, 0],
+            of_layer(train, kind, layer),
             train.labels,
-            validation[kind].tensor()[:, 0],
+            of_layer(validation, kind, layer),
             validation.labels,
             len(train.class_names),
             seed=session.options.seed,
@@ -140,22 +146,27 @@ def zero_shot(session: Session) -> Outcome:
 
 def out_of_distribution_probe(session: Session) -> Outcome:
     """A probe on CLS against one on CLS and the mean of the registers."""
-    options, kinds = session.options, ["cls", "register_mean"]
+    options, encoder = session.options, session.encoder
+    if not (encoder.num_registers and encoder.has_cls):
+        raise ValueError(
+            f"{encoder.name} has no {'registers' if encoder.has_cls else 'CLS'}, and this task compares a probe on "
+            "CLS with one on CLS and registers. Give a model with both."
+        )
     with ExitStack() as stack:
-        train, validation, about = _splits(session, stack, kinds, session.last_layers(1))
+        train, validation, about = _splits(session, stack, _last_layers(session))
         others = {
             group: {
-                name: stack.enter_context(_further(session, source, kinds, train.class_names, group == "shifted"))
+                name: stack.enter_context(_further(session, source, train.class_names, group == "shifted"))
                 for name, source in getattr(options, group).items()
             }
             for group in ("shifted", "outliers")
         }
         results = out_of_distribution(
-            _inputs(train, "cls", kinds),
-            _inputs(validation, "cls", kinds),
+            _inputs(session, train),
+            _inputs(session, validation),
             len(train.class_names),
-            shifted={name: _inputs(each, "cls", kinds) for name, each in others["shifted"].items()},
-            outliers={name: _inputs(each, "cls", kinds) for name, each in others["outliers"].items()},
+            shifted={name: _inputs(session, each) for name, each in others["shifted"].items()},
+            outliers={name: _inputs(session, each) for name, each in others["outliers"].items()},
             seed=options.seed,
             device=session.device,
             accelerator=session.accelerator,
@@ -184,17 +195,36 @@ def image_token(encoder: VisionEncoder) -> str:
 # Data
 
 
-def _splits(
-    session: Session, stack: ExitStack, kinds: Sequence[str], layers: Sequence[int]
-) -> tuple[Features, Features, dict[str, object]]:
+def of_layer(features: Features, kind: str, layer: int) -> torch.Tensor:
+    """Of one layer, counted from 0, in memory: `(images, hidden_size)`."""
+    column = features.layers.index(layer)
+    return torch.cat([batch[:, column] for batch in features[kind].batches(1024)])
+
+
+def _probe_features(session: Session, data: ImageData, layers: Sequence[int]) -> Features:
+    """All that any of these tasks reads, so that the next one finds it in the cache."""
+    encoder = session.encoder
+    kinds = ["cls"] * encoder.has_cls + ["patch_mean"] + ["register_mean"] * bool(encoder.num_registers)
+    return session.features(data, kinds, layers, session.options.preprocessing)
+
+
+def _last_layers(session: Session) -> tuple[int, ...]:
+    """Those that linear heads read."""
+    return session.last_layers(min(NUM_LAYERS, session.encoder.num_layers))
+
+
+def _layers_with(session: Session, layer: int) -> tuple[int, ...]:
+    """The same where this layer is among them, else it alone."""
+    last = _last_layers(session)
+    return last if layer in last else (layer,)
+
+
+def _splits(session: Session, stack: ExitStack, layers: Sequence[int]) -> tuple[Features, Features, dict[str, object]]:
     """Features of training and validation images, and what results say of these."""
     # both are found before the first takes its time
     train_data = _labelled(session, session.source(), "train")
     data = _labelled(session, session.source(), "validation", train_data.class_names)
-    train, validation = (
-        stack.enter_context(session.features(each, kinds, layers, session.options.preprocessing))
-        for each in (train_data, data)
-    )
+    train, validation = (stack.enter_context(_probe_features(session, each, layers)) for each in (train_data, data))
     of_train = session.about(train_data, len(train))
     about = {"num_train_images": of_train["num_images"]}
     about |= {f"train_{key}": of_train[key] for key in ("sha256", "stream") if key in of_train}
@@ -218,9 +248,7 @@ def _labelled(
     )
 
 
-def _further(
-    session: Session, source: str, kinds: Sequence[str], class_names: Sequence[str], has_these_classes: bool
-) -> Features:
+def _further(session: Session, source: str, class_names: Sequence[str], has_these_classes: bool) -> Features:
     if not has_these_classes and (paths := _images_in(source)):
         number = min(len(paths), session.options.max_images or len(paths))
         chosen = random.Random(session.options.seed).sample(paths, number)
@@ -228,7 +256,7 @@ def _further(
     else:
         split = None if is_one_split(source) else "validation"
         data = _labelled(session, source, split, class_names if has_these_classes else None)
-    return session.features(data, kinds, session.last_layers(1), session.options.preprocessing)
+    return _probe_features(session, data, _last_layers(session))
 
 
 def _images_in(folder: str) -> list[Path]:
@@ -237,14 +265,14 @@ def _images_in(folder: str) -> list[Path]:
     return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
-def _inputs(features: Features, kind: str, kinds: Sequence[str]) -> ImageFeatures:
-    def of(name: str) -> torch.Tensor | None:
-        if name not in kinds or name == kind:
-            return None
-        # of the last layer, which is all that is read
-        return torch.cat([batch[:, -1] for batch in features[name].batches(1024)])
-
-    return ImageFeatures(features[kind].tensor(), features.labels, of("patch_mean"), of("register_mean"))
+def _inputs(session: Session, features: Features) -> ImageFeatures:
+    """All layers of the token that stands for an image, and of means the last, which is all that is read of them."""
+    kind, last = image_token(session.encoder), features.layers[-1]
+    means = {
+        name: of_layer(features, name, last) if name in features.tensors and name != kind else None
+        for name in ("patch_mean", "register_mean")
+    }
+    return ImageFeatures(features[kind].tensor(), features.labels, **means)
 
 
 def _left_out(*features: Features) -> dict[str, list[str]]:

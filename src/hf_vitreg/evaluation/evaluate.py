@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers.utils import logging as transformers_logging
 
 from ..atomic import atomic_folder
-from ..machine import describe_machine, package_versions
+from ..features import quiet_loading
+from ..machine import describe_machine, memory_errors, package_versions, usable_device
 from .classification_tasks import knn, linear, logistic, out_of_distribution_probe, zero_shot
 from .dense_tasks import depth, object_discovery, segmentation
 from .options import EvaluationOptions, require_options_of
@@ -91,7 +91,7 @@ def evaluate_model(
     require_options_of(task, options)
     check_output(output, overwrite, options.cache_dir)
     accelerator, chosen = _processes(device)
-    with _folder(Path(output), accelerator) as folder, _quiet_loading():
+    with _folder(Path(output), accelerator) as folder, quiet_loading(), memory_errors():
         session = Session(model, data, folder, options, accelerator, chosen, progress)
         started = time.perf_counter()
         outcome = TASKS[task](session)
@@ -122,12 +122,7 @@ def _processes(device: str | None) -> tuple[Accelerator | None, torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerator = Accelerator(cpu=device == "cpu")
         return accelerator, accelerator.device
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return None, torch.device(name)
+    return None, usable_device(device)
 
 
 @contextmanager
@@ -166,18 +161,3 @@ def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' table of weights that are not used: what matters of it is an error here."""
-    before = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        if had_bars:
-            transformers_logging.enable_progress_bar()

@@ -29,7 +29,9 @@ class EvaluationOptions:
         skip_bad_images: Leave out what cannot be read, named in the results, rather than stop.
         seed: Of everything that is drawn.
         ks, temperature: Of nearest neighbours.
-        num_epochs, selection: Of the linear sweep, see `linear_sweep`.
+        num_epochs, min_steps: Of the linear sweep. DINOv2's ten passes over ImageNet are 12,500 steps, which its
+            learning rates are meant for, so that on few images more passes are made.
+        selection: Of the linear sweep, see `linear_sweep`.
         templates: File of prompt templates, one a line.
         class_names: File of class names, one a line in the order of the labels.
         shifted, outliers: Further sets of images by name, see `out_of_distribution`. Of a folder with splits, the
@@ -59,6 +61,7 @@ class EvaluationOptions:
     ks: tuple[int, ...] | None = None
     temperature: float = TEMPERATURE
     num_epochs: float = 10
+    min_steps: int = 4000
     selection: str = "validation"
     templates: str | Path | None = None
     class_names: str | Path | None = None
@@ -98,7 +101,7 @@ PROBE = FEATURES | LABELLED | {"preprocessing"}
 DENSE = FEATURES | {"validation_data", "num_layers", "layout", "num_steps", "label_size"}
 READ_BY = {
     "knn": PROBE | {"layer", "ks", "temperature"},
-    "linear": PROBE | {"num_epochs", "selection"},
+    "linear": PROBE | {"num_epochs", "min_steps", "selection"},
     "logistic": PROBE | {"layer"},
     "zero_shot": {"max_images", "templates", "class_names"},
     "out_of_distribution": PROBE | {"shifted", "outliers"},

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from ..atomic import atomic_folder
 from ..data.image_data import content_hash
 from ..data.labelled_images import MappedImages, load_image_data
-from ..features import VisionEncoder
-from ..machine import describe_machine, package_versions
+from ..features import VisionEncoder, quiet_loading
+from ..machine import describe_machine, memory_errors, package_versions, usable_device
 from .evaluate import RESULTS, RESULTS_VERSION, Evaluated, check_output
 from .options import EvaluationOptions
 from .progress import steps
@@ -94,9 +92,9 @@ def evaluate_tokens(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Single tokens are measured by one process. Start this table without accelerate launch.")
     check_output(output, overwrite)
-    started, chosen = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with atomic_folder(Path(output)) as folder:
-        session = Session(model, data, folder, EvaluationOptions(), None, torch.device(chosen), progress)
+    started, chosen = time.perf_counter(), usable_device(device)
+    with atomic_folder(Path(output)) as folder, quiet_loading(), memory_errors():
+        session = Session(model, data, folder, EvaluationOptions(), None, chosen, progress)
         train, validation = _splits(data, task, options)
         metrics, details = TOKEN_TASKS[task](session.encoder, train, validation, options, progress)
         if not metrics:

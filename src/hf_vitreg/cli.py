@@ -21,6 +21,9 @@ app = typer.Typer(
 
 # names of options can be written as the scripts have them, too: --update_card
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
+# what is read by some tasks alone, by headings of the help
+KNN, LINEAR, ZERO_SHOT, OOD = "knn", "linear", "zero_shot", "out_of_distribution"
+DENSE, OBJECTS = "segmentation and depth", "object_discovery"
 # what is no option of a task
 NO_OPTIONS = {"model", "task", "data", "output", "update_card", "device", "overwrite"}
 
@@ -169,7 +172,9 @@ def evaluate(
         str | None, typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="That the model sees.")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Whose tokens, from 1; by default the last.")] = None,
-    num_layers: Annotated[int, typer.Option(help="Dense tasks: of how many last layers patches are read.")] = 1,
+    num_layers: Annotated[
+        int, typer.Option(help="Of how many last layers patches are read.", rich_help_panel=DENSE)
+    ] = 1,
     preprocessing: Annotated[
         str, typer.Option(metavar="crop|fit|stretch", help="crop: 256/224 of the size, then its centre, as DINOv2.")
     ] = "crop",
@@ -182,46 +187,79 @@ def evaluate(
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data as it comes.")] = False,
     skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave out what cannot be read.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    ks: Annotated[str | None, typer.Option(parser=_numbers, metavar="K,K,...", help="knn: neighbours.")] = None,
-    temperature: Annotated[float, typer.Option(help="knn: of the votes.")] = 0.07,
-    num_epochs: Annotated[float, typer.Option(help="linear: passes over the training images.")] = 10,
-    min_steps: Annotated[int, typer.Option(help="linear: steps at least, on however few images.")] = 4000,
+    ks: Annotated[
+        str | None, typer.Option(parser=_numbers, metavar="K,K,...", help="Neighbours.", rich_help_panel=KNN)
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the votes.", rich_help_panel=KNN)] = 0.07,
+    num_epochs: Annotated[float, typer.Option(help="Passes over the training images.", rich_help_panel=LINEAR)] = 10,
+    min_steps: Annotated[
+        int, typer.Option(help="Steps at least, on however few images.", rich_help_panel=LINEAR)
+    ] = 4000,
     selection: Annotated[
-        str, typer.Option(metavar="validation|held_out", help="linear: images that the best head is chosen on.")
+        str,
+        typer.Option(
+            metavar="validation|held_out", help="Images that the best head is chosen on.", rich_help_panel=LINEAR
+        ),
     ] = "validation",
-    templates: Annotated[Path | None, typer.Option(help="zero_shot: prompt templates, one a line with {}.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="zero_shot: class names, one a line.")] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Prompt templates, one a line with {}.", rich_help_panel=ZERO_SHOT)
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="Class names, one a line.", rich_help_panel=ZERO_SHOT)
+    ] = None,
     shifted: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="out_of_distribution: other images of the classes.")
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Other images of the classes.", rich_help_panel=OOD)
     ] = None,
     outliers: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="out_of_distribution: images of no class.")
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Images of no class.", rich_help_panel=OOD)
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="Dense tasks: folder, voc, ade20k or nyu.")] = None,
-    num_classes: Annotated[int | None, typer.Option(help="segmentation: where no classes.txt names them.")] = None,
-    ignore_index: Annotated[int, typer.Option(help="segmentation: value of pixels that do not count.")] = 255,
-    depth_scale: Annotated[float, typer.Option(help="depth: what a PNG has for one metre.")] = 1000.0,
-    num_steps: Annotated[int | None, typer.Option(help="Dense tasks: training steps.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="folder, voc, ade20k or nyu; by default recognised.", rich_help_panel=DENSE)
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="segmentation: where no classes.txt names them.", rich_help_panel=DENSE)
+    ] = None,
+    ignore_index: Annotated[
+        int, typer.Option(help="segmentation: value of pixels that do not count.", rich_help_panel=DENSE)
+    ] = 255,
+    depth_scale: Annotated[
+        float, typer.Option(help="depth: what a PNG has for one metre.", rich_help_panel=DENSE)
+    ] = 1000.0,
+    num_steps: Annotated[int | None, typer.Option(help="Training steps.", rich_help_panel=DENSE)] = None,
     label_size: Annotated[
-        str | None, typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="Dense tasks: of the loss.")
+        str | None,
+        typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="Of the loss.", rich_help_panel=DENSE),
     ] = None,
-    min_depth: Annotated[float, typer.Option(help="depth: the nearest that counts, in metres.")] = 1e-3,
-    max_depth: Annotated[float, typer.Option(help="depth: the farthest that counts, in metres.")] = 10.0,
-    eigen_crop: Annotated[bool, typer.Option("--eigen-crop", help="depth: only the middle of NYU's images.")] = False,
-    method: Annotated[str, typer.Option(metavar="lost|attention", help="object_discovery.")] = "lost",
-    facet: Annotated[
-        str | None, typer.Option(metavar="query|key|value|output", help="object_discovery: by default by family.")
-    ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="object_discovery: compare directions only.")] = False,
-    bias: Annotated[float, typer.Option(help="object_discovery: added to every similarity.")] = 0.0,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="object_discovery: choose layer and bias on a share of the images.")
+    min_depth: Annotated[
+        float, typer.Option(help="depth: the nearest that counts, in metres.", rich_help_panel=DENSE)
+    ] = 1e-3,
+    max_depth: Annotated[
+        float, typer.Option(help="depth: the farthest that counts, in metres.", rich_help_panel=DENSE)
+    ] = 10.0,
+    eigen_crop: Annotated[
+        bool, typer.Option("--eigen-crop", help="depth: only the middle of NYU's images.", rich_help_panel=DENSE)
     ] = False,
-    tuning_share: Annotated[float, typer.Option(help="object_discovery: which share.")] = 0.2,
-    split: Annotated[str, typer.Option(help="object_discovery: of a VOC folder.")] = "trainval",
-    no_hard: Annotated[bool, typer.Option("--no-hard", help="object_discovery: without difficult objects.")] = False,
-    annotations: Annotated[Path | None, typer.Option(help="object_discovery: COCO's JSON.")] = None,
-    image_list: Annotated[Path | None, typer.Option(help="object_discovery: which of COCO's images.")] = None,
+    method: Annotated[
+        str, typer.Option(metavar="lost|attention", help="How boxes are found.", rich_help_panel=OBJECTS)
+    ] = "lost",
+    facet: Annotated[
+        str | None,
+        typer.Option(metavar="query|key|value|output", help="By default by family.", rich_help_panel=OBJECTS),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Compare directions only.", rich_help_panel=OBJECTS)
+    ] = False,
+    bias: Annotated[float, typer.Option(help="Added to every similarity.", rich_help_panel=OBJECTS)] = 0.0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose layer and bias on a share of the images.", rich_help_panel=OBJECTS)
+    ] = False,
+    tuning_share: Annotated[float, typer.Option(help="Which share.", rich_help_panel=OBJECTS)] = 0.2,
+    split: Annotated[str, typer.Option(help="Of a VOC folder.", rich_help_panel=OBJECTS)] = "trainval",
+    no_hard: Annotated[
+        bool, typer.Option("--no-hard", help="Without difficult objects.", rich_help_panel=OBJECTS)
+    ] = False,
+    annotations: Annotated[Path | None, typer.Option(help="COCO's JSON.", rich_help_panel=OBJECTS)] = None,
+    image_list: Annotated[Path | None, typer.Option(help="Which of COCO's images.", rich_help_panel=OBJECTS)] = None,
     device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
 ) -> None:

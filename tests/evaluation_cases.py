@@ -68,7 +68,6 @@ def dense(folder: Path, counts=(("train", 6), ("validation", 3))) -> Path:
 
 
 def voc(folder: Path, count: int = 5) -> Path:
-    """VOC's layout, an image with one box."""
-    return write_voc(
-        folder, {f"{index:02d}": [voc_object((3 + index, 2, 17 + 2 * index, 19))] for index in range(count)}
-    )
+    """VOC's layout, images of 23x37 pixels with one box each, by turns of most of the image and of little."""
+    boxes = [(3 + index, 2, 17 + index, 19) if index % 2 else (2, 1, 36, 22 - index) for index in range(count)]
+    return write_voc(folder, {f"{index:02d}": [voc_object(box)] for index, box in enumerate(boxes)})

@@ -12,20 +12,34 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import PIL.Image
 import PIL.ImageOps
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import functional as image_functional
 from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
+
+from .vit_families import (
+    LAYOUTS,
+    MODEL_TYPES,
+    SUPPORTED,
+    AttentionObserver,
+    Layout,
+    layout_name,
+    projected,
+    show_output,
+    show_patches,
+    sizes_of_timm,
+    sizes_of_transformers,
+    through_sdpa,
+)
 
 
 class Tokens(NamedTuple):
@@ -46,47 +60,6 @@ class Tokens(NamedTuple):
 Weights = Callable[[str], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where a class of models keeps its parts, and whether it must be asked to resize its position embeddings."""
-
-    layers: str
-    attention: str
-    patch_embeddings: str
-    final_norm: str
-    asks_to_resize: bool = False
-
-
-_VITREG = _Layout("encoder.layer", "attention", "embeddings.patch_embeddings", "layernorm")
-_DINOV3 = replace(_VITREG, layers="model.layer", final_norm="norm")
-_VIT = replace(_VITREG, layers="layers", asks_to_resize=True)
-_CLIP = _Layout("encoder.layers", "self_attn", "embeddings.patch_embedding", "post_layernorm", asks_to_resize=True)
-_TIMM = _Layout("blocks", "attn", "patch_embed", "norm")
-# By package and class, so that no family is imported to find another. A class of the same name elsewhere, as
-# torchvision's VisionTransformer, is another model.
-_LAYOUTS = {
-    "hf_vitreg.ViTRegModel": _VITREG,
-    "transformers_modules.ViTRegModel": _VITREG,
-    "transformers.ViTModel": _VIT,
-    "transformers.ViTMSNModel": _VIT,
-    "transformers.IJepaModel": _VIT,
-    "transformers.DeiTModel": _VIT,
-    "transformers.Dinov2Model": _VITREG,
-    "transformers.Dinov2WithRegistersModel": _VITREG,
-    "transformers.DINOv3ViTModel": _DINOV3,
-    "transformers.CLIPVisionModel": _CLIP,
-    "transformers.SiglipVisionModel": _CLIP,
-    "timm.VisionTransformer": _TIMM,
-    "timm.Eva": _TIMM,
-}
-_MODEL_TYPES = ["vitreg", "vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"]
-_MODEL_TYPES += ["clip", "clip_vision_model", "siglip", "siglip_vision_model"]
-_WITHOUT_CLS = {"ijepa", "siglip_vision_model"}
-_SUPPORTED = (
-    f"There are ViTReg, the ViTs of transformers ({', '.join(_MODEL_TYPES[1:])}), these inside a "
-    "vision-text-dual-encoder, and timm's VisionTransformer and Eva. Each of their layers sees the same tokens; "
-    "models with windows, stages or convolutions have none to follow."
-)
 # no output of ours reads them, and checkpoints of other heads are without
 _NOT_NEEDED = ("pooler.", "head.", "projection.", "embeddings.mask_token", "text_", "visual_projection.", "logit_")
 
@@ -120,7 +93,7 @@ class VisionEncoder:
     num_prefix_tokens: int
     mean: Sequence[float] | None
     std: Sequence[float] | None
-    _layout: _Layout = field(repr=False)
+    _layout: Layout = field(repr=False)
 
     @classmethod
     def wrap(
@@ -140,16 +113,16 @@ class VisionEncoder:
         Raises:
             ValueError: where there is no ViT inside that could be read.
         """
-        found = next(((module, key) for module in model.modules() if (key := _layout_name(module))), None)
+        found = next(((module, key) for module in model.modules() if (key := layout_name(module))), None)
         if found is None:
-            raise ValueError(f"{type(model).__name__} is no plain ViT. {_SUPPORTED}")
+            raise ValueError(f"{type(model).__name__} is no plain ViT. {SUPPORTED}")
         vit, key = found
         is_timm = key.startswith("timm.")
-        sizes = _sizes_of_timm(vit) if is_timm else _sizes_of_transformers(vit.config)
+        sizes = sizes_of_timm(vit) if is_timm else sizes_of_transformers(vit.config)
         normalization = getattr(vit, "pretrained_cfg", {}) if is_timm else {}
         mean, std = mean or normalization.get("mean"), std or normalization.get("std")
         name = name or type(model).__name__
-        return cls(model=vit.eval(), name=name, mean=mean, std=std, _layout=_LAYOUTS[key], **sizes)
+        return cls(model=vit.eval(), name=name, mean=mean, std=std, _layout=LAYOUTS[key], **sizes)
 
     # Geometry
 
@@ -281,13 +254,13 @@ class VisionEncoder:
         with ExitStack() as stack:
             if on_patches is not None:
                 patch_embeddings = self.model.get_submodule(self._layout.patch_embeddings)
-                stack.enter_context(patch_embeddings.register_forward_hook(partial(_show_patches, on_patches)))
+                stack.enter_context(patch_embeddings.register_forward_hook(partial(show_patches, on_patches)))
             if on_attention is not None:
-                stack.enter_context(_through_sdpa(self.model))
-                stack.enter_context(_AttentionObserver(self._layers, partial(self._show_attention, on_attention)))
+                stack.enter_context(through_sdpa(self.model))
+                stack.enter_context(AttentionObserver(self._layers, partial(self._show_attention, on_attention)))
             if on_layer is not None:
                 for index, layer in enumerate(self._layers):
-                    stack.enter_context(layer.register_forward_hook(partial(_show_output, on_layer, index)))
+                    stack.enter_context(layer.register_forward_hook(partial(show_output, on_layer, index)))
             self._forward(pixel_values)
 
     def layers(self, pixel_values: torch.Tensor, indices: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -349,7 +322,7 @@ class VisionEncoder:
             ValueError: where there is no such layer or facet, or the model cannot take images of this size.
         """
         found = []
-        with self.show_projections(layer, [facet], lambda _, projected: found.append(projected)):
+        with self.show_projections(layer, [facet], lambda _, values: found.append(values)):
             self._forward(pixel_values)
         return found[0]
 
@@ -474,7 +447,7 @@ class VisionEncoder:
 
         def show(module: nn.Module, args: tuple, kwargs: dict):
             for facet in facets:
-                on_projection(facet, _projected(module, facet, args[0] if args else kwargs["hidden_states"]))
+                on_projection(facet, projected(module, facet, args[0] if args else kwargs["hidden_states"]))
 
         with attention.register_forward_pre_hook(show, with_kwargs=True):
             yield
@@ -554,9 +527,9 @@ def _load_transformers(name: str, dtype: torch.dtype | None) -> nn.Module:
         raise ValueError(f"it is timm's. Write timm:{name} for a folder, timm:hf-hub:{name} for a repository.")
     is_dual = config.get("model_type") == "vision-text-dual-encoder"
     model_type = (config["vision_config"] if is_dual else config).get("model_type")
-    if model_type not in _MODEL_TYPES:
+    if model_type not in MODEL_TYPES:
         found = ", ".join([f"model_type {model_type!r}", *(config.get("architectures") or [])])
-        raise ValueError(f"{found} is no plain ViT. {_SUPPORTED}")
+        raise ValueError(f"{found} is no plain ViT. {SUPPORTED}")
     model, report = AutoModel.from_pretrained(
         name, trust_remote_code=False, dtype=dtype or "auto", output_loading_info=True
     )
@@ -607,133 +580,3 @@ def _load_timm(name: str) -> nn.Module:
     return timm.create_model(
         architecture, pretrained=True, dynamic_img_size=True, num_classes=0, pretrained_cfg_overlay=overlay
     )
-
-
-# Other people's models
-
-
-def _layout_name(module: nn.Module) -> str | None:
-    names = (f"{each.__module__.split('.')[0]}.{each.__name__}" for each in type(module).__mro__)
-    return next((name for name in names if name in _LAYOUTS), None)
-
-
-def _sizes_of_transformers(config: PreTrainedConfig) -> dict[str, Any]:
-    has_cls = getattr(config, "use_cls_token", config.model_type not in _WITHOUT_CLS)
-    num_registers = getattr(config, "num_register_tokens", 0)
-    num_prefix_tokens = has_cls + (config.model_type == "deit") + num_registers
-    return {
-        "source": config.model_type if config.model_type == "vitreg" else f"transformers {config.model_type}",
-        "num_layers": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "hidden_size": config.hidden_size,
-        "has_cls": has_cls,
-        "num_registers": num_registers,
-        "num_prefix_tokens": getattr(config, "num_prefix_tokens", num_prefix_tokens),
-        **_pixels(config.image_size, config.patch_size),
-    }
-
-
-def _sizes_of_timm(model: nn.Module) -> dict[str, Any]:
-    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
-    if type(model.patch_embed).__name__ != "PatchEmbed":
-        found = type(model.patch_embed).__name__
-        raise ValueError(f"{architecture} makes its patches by a {found}, not by a linear map. {_SUPPORTED}")
-    return {
-        "source": f"timm {architecture}",
-        "num_layers": len(model.blocks),
-        "num_heads": next(module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads")),
-        "hidden_size": model.embed_dim,
-        "has_cls": model.cls_token is not None,
-        "num_registers": 0 if model.reg_token is None else model.reg_token.shape[1],
-        "num_prefix_tokens": model.num_prefix_tokens,
-        **_pixels(model.patch_embed.img_size, model.patch_embed.patch_size),
-    }
-
-
-def _pixels(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> dict[str, Any]:
-    """Both as they are used here. Pixels that fill no patch, as of SigLIP's 384 with patches of 14, are left out."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if patch_height != patch_width:
-        raise ValueError(f"Patches must be square, got {patch_height}x{patch_width} pixels.")
-    whole = (height - height % patch_height, width - width % patch_width)
-    return {"image_size": whole, "patch_size": patch_height}
-
-
-def _show_patches(on_patches: Callable, module: nn.Module, args: tuple, patches: torch.Tensor) -> None:
-    """Patches come as a sequence, as the map of a convolution, or from timm as rows and columns."""
-    if patches.ndim == 4:
-        patches = patches.flatten(2).mT if isinstance(module, nn.Conv2d) else patches.flatten(1, 2)
-    on_patches(patches)
-
-
-def _show_output(on_layer: Callable, index: int, module: nn.Module, args: tuple, tokens: torch.Tensor) -> None:
-    on_layer(index, tokens)
-
-
-@contextmanager
-def _through_sdpa(model: nn.Module) -> Iterator[None]:
-    """Whatever its attention is implemented by, here it is torch's scaled_dot_product_attention."""
-    settings = []
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            settings.append((module.config, "_attn_implementation", "sdpa"))
-        elif hasattr(module, "fused_attn"):
-            settings.append((module, "fused_attn", True))
-    before = [getattr(owner, name) for owner, name, _ in settings]
-    try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(settings, before):
-            setattr(owner, name, value)
-
-
-class _AttentionObserver(TorchFunctionMode):
-    """Keeps queries, keys and scale of scaled_dot_product_attention until their layer ends, then shows them.
-
-    There they are as they meet, whatever norms and rotations a family has.
-    """
-
-    def __init__(self, layers: nn.Module, show: Callable[[int, torch.Tensor, torch.Tensor, float], None]):
-        super().__init__()
-        self.layers, self.show, self.calls, self.hooks = layers, show, [], []
-
-    def __enter__(self):
-        self.hooks = [
-            layer.register_forward_hook(partial(self._layer_ends, index)) for index, layer in enumerate(self.layers)
-        ]
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        for hook in self.hooks:
-            hook.remove()
-        super().__exit__(*exception)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
-            query, key = args[:2]
-            self.calls.append((query, key, kwargs.get("scale") or query.shape[-1] ** -0.5))
-        return function(*args, **kwargs)
-
-    def _layer_ends(self, index: int, layer: nn.Module, args: tuple, tokens: torch.Tensor) -> None:
-        calls, self.calls = self.calls, []
-        if len(calls) != 1:
-            raise ValueError(
-                f"Layer {index}, a {type(layer).__name__}, computes attention {len(calls)} times; only a layer that "
-                "does so once has attention maps."
-            )
-        self.show(index, *calls[0])
-
-
-def _projected(attention: nn.Module, facet: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Queries, keys or values as they leave their projection, `(batch_size, tokens, hidden_size)` like the input."""
-    if getattr(attention, "qkv", None) is None:
-        return getattr(attention, f"{facet[0]}_proj")(hidden_states)
-    part = ("query", "key", "value").index(facet)
-    projected = attention.qkv(hidden_states).chunk(3, dim=-1)[part]
-    # timm's EVA keeps the biases beside the projection
-    bias = getattr(attention, f"{facet[0]}_bias", None)
-    return projected if bias is None else projected + bias

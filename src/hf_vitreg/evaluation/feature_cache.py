@@ -283,7 +283,8 @@ class FeatureCache:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 self._check(path, number, metadata)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except FileNotFoundError:
             raise ValueError(
                 f"The features {path} are not there. Several machines must share the folder {self.folder.parent}."

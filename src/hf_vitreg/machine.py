@@ -33,7 +33,8 @@ def usable_device(name: str | None = None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the first for a NotImplementedError, too
+    # torch that was built without a backend raises AssertionError for it, or NotImplementedError, a RuntimeError
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
 
 

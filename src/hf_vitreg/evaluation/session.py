@@ -83,11 +83,11 @@ class Session:
         """Of one of the processes."""
         return self.progress and self.folder is not None
 
-    def source(self, validation_key: str = "validation") -> str | Path | dict[str, str | Path]:
+    def source(self) -> str | Path | dict[str, str | Path]:
         """The data, or where its two splits are."""
         if self.options.validation_data is None:
             return self.data
-        return {"train": self.data, validation_key: self.options.validation_data}
+        return {"train": self.data, "validation": self.options.validation_data}
 
     def layer_index(self) -> int:
         """From 0; layers of options are counted from 1."""

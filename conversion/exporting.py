@@ -87,7 +87,7 @@ def check_same_weights(written: Mapping[str, torch.Tensor], given: Mapping[str, 
     """Raises `ConversionError` where what was read back is not what was given, to the last bit."""
     different = [
         name
-        for name in written.keys() | given.keys()
+        for name in sorted(written.keys() | given.keys())
         if name not in written or name not in given or not _same_bits(written[name], given[name])
     ]
     if different:

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -21,13 +21,11 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import ProjectConfiguration, set_seed
 from accelerate.utils import tqdm as main_process_tqdm
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoImageProcessor, pipeline
@@ -58,10 +56,19 @@ from hf_vitreg.recipe import FinetuneRecipe, ModelOptions, parse_recipe, recipe_
 from hf_vitreg.training.checkpoint import Checkpoints, RunState
 from hf_vitreg.training.metrics import MetricsLog, plot_curves
 from hf_vitreg.training.optim import adamw, set_learning_rate
+from hf_vitreg.training.run import (
+    available_trackers,
+    check_output_dir,
+    console,
+    default_output_dir,
+    errors_for_people,
+    mean_metrics,
+    record,
+    require_finite,
+    tracked,
+)
 from hf_vitreg.training.schedules import warmup_cosine
 
-
-console = Console(stderr=True, highlight=False)
 
 NEW_MODEL_IMAGE_SIZE = 32
 NEW_MODEL_ONLY = (
@@ -75,16 +82,13 @@ NEW_MODEL_ONLY = (
 PREDICTIONS_SHOWN = 10
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no number any more."""
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """One run. Returns the validation metrics of the model that it wrote."""
 
     # ------------------------------------------------------------------------------------------------------- config
     recipe = parse_recipe(FinetuneRecipe, arguments, prog="finetune.py")
-    output_dir = Path(recipe.output_dir) if recipe.output_dir else default_output_dir(recipe)
+    resumes = recipe.resume_from_checkpoint is not None
+    output_dir = Path(recipe.output_dir or default_output_dir(Path("runs") / data_name(recipe), resumes))
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
@@ -149,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     state = RunState(steps_per_epoch=steps_per_epoch)
     log = MetricsLog(output_dir / "metrics.jsonl")
     if recipe.resume_from_checkpoint:
-        state = checkpoints.load(checkpoints.find(recipe.resume_from_checkpoint), recipe, ema)
+        state, _ = checkpoints.load(checkpoints.find(recipe.resume_from_checkpoint), recipe, ema)
         if state.steps_per_epoch != steps_per_epoch:
             raise ValueError(
                 f"The run had {state.steps_per_epoch} steps an epoch and would have {steps_per_epoch} now: resume it "
@@ -195,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
                     accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append((state.step + 1, loss.detach()))
+            losses.append((state.step + 1, {"loss": loss.detach()}))
             if not accelerator.sync_gradients:
                 continue
 
@@ -208,19 +212,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             evaluates = state.step % eval_steps == 0 or is_last
             saves = state.step % save_steps == 0 or is_last
             if state.step % recipe.logging_steps == 0 or evaluates or saves:
-                train_loss = mean_loss(accelerator, losses)
+                train_loss = mean_metrics(accelerator, losses)["loss"]
                 losses.clear()
                 require_finite(bare_model, state.step)
                 learning_rate = max(group["lr"] for group in optimizer.param_groups)
-                progress.set_postfix(loss=f"{train_loss:.3f}", accuracy=f"{max(state.best_accuracy, 0):.3f}")
+                progress.set_postfix(loss=f"{train_loss:.3f}", accuracy=f"{max(state.best_metric, 0):.3f}")
                 record(accelerator, log, state.step, train_loss=train_loss, learning_rate=learning_rate)
             if evaluates:
                 evaluated = model if ema is None else ema.module
                 metrics = evaluate(evaluated, validation_loader, accelerator)
                 train_mode(model, recipe)
                 record(accelerator, log, state.step, **metrics)
-                if metrics["validation_accuracy"] > state.best_accuracy:
-                    state.best_accuracy, state.best_step = metrics["validation_accuracy"], state.step
+                if metrics["validation_accuracy"] > state.best_metric:
+                    state.best_metric, state.best_step = metrics["validation_accuracy"], state.step
                     saves = True
             if saves:
                 checkpoints.save(state, recipe, ema)
@@ -250,51 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def default_output_dir(recipe: FinetuneRecipe) -> Path:
-    """`runs/NAME`, or the first of `runs/NAME-2` .. that is free; when resuming, the last that is there."""
-    state = PartialState()
-    first = Path("runs") / data_name(recipe)
-    candidates = [first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 1000))]
-    free = next(index for index, path in enumerate(candidates) if not path.exists())
-    last = max(free - 1, 0)
-    # one process decides, before it makes the folder that the others would see
-    chosen = [str(candidates[last if recipe.resume_from_checkpoint else free])]
-    if state.num_processes > 1:
-        broadcast_object_list(chosen)
-    return Path(chosen[0])
-
-
-def available_trackers(report_to: str) -> list[str]:
-    """The trackers of `--report_to`. Raises `ValueError` for one that is not installed or not known."""
-    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    available = [tracker.value for tracker in get_available_trackers()]
-    missing = [name for name in names if name not in available]
-    if missing:
-        raise ValueError(
-            f"--report_to {','.join(missing)} is not known or not installed. Installed trackers: "
-            f"{', '.join(available) or 'none'}."
-        )
-    return names
-
-
-def check_output_dir(output_dir: Path, recipe: FinetuneRecipe, checkpoints: Checkpoints) -> None:
-    """Raises `ValueError` where a new run would mix with what is there."""
-    if recipe.resume_from_checkpoint:
-        checkpoints.find(recipe.resume_from_checkpoint)
-    elif (checkpoints.all() or holds_more_than_logs(output_dir)) and not recipe.overwrite_output_dir:
-        way_on = "Go on with --resume_from_checkpoint latest, or start" if checkpoints.all() else "Start"
-        raise ValueError(
-            f"{output_dir} is not empty. {way_on} anew with --overwrite_output_dir, or choose another --output_dir."
-        )
-    checkpoints.accelerator.wait_for_everyone()  # nobody makes the folder while another one looks
-
-
-def holds_more_than_logs(output_dir: Path) -> bool:
-    """Whether there is anything that a run that failed before its first checkpoint does not leave."""
-    logs = {"metrics.jsonl", "logs", "checkpoints"}
-    return output_dir.is_dir() and any(path.name not in logs for path in output_dir.iterdir())
 
 
 def build_processor(recipe: FinetuneRecipe):
@@ -407,32 +366,6 @@ def train_mode(model: torch.nn.Module, recipe: FinetuneRecipe) -> None:
                 module.eval()
 
 
-def mean_loss(accelerator: Accelerator, losses: list[tuple[int, torch.Tensor]]) -> float:
-    """Mean over batches, each given with its step, and over all processes.
-
-    Raises:
-        TrainingDiverged: naming the first step whose loss is not finite. Called before every save, so that no
-            checkpoint holds what came after it.
-    """
-    values = accelerator.reduce(torch.stack([loss for _, loss in losses]).float(), reduction="mean")
-    bad = (~values.isfinite()).nonzero()
-    if len(bad):
-        raise TrainingDiverged(
-            f"The loss of step {losses[bad[0]][0]} is {values[bad[0]].item()}. Lower --learning_rate or raise "
-            "--warmup_ratio, and resume from the last checkpoint, which is from before."
-        )
-    return values.mean().item()
-
-
-def require_finite(model: torch.nn.Module, step: int) -> None:
-    """Raises `TrainingDiverged` where a weight is not finite: the loss of a step tells only of the steps before it."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise TrainingDiverged(
-            f"The weights after step {step} are not finite. Lower --learning_rate or --max_grad_norm, and resume from "
-            "the last checkpoint, which is from before."
-        )
-
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[str, float]:
     """Accuracy and cross-entropy over the validation images, each counted once whatever the number of processes."""
@@ -453,18 +386,6 @@ def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[s
         "validation_loss": total_loss / num_images,
         "validation_images": num_images,
     }
-
-
-def record(accelerator: Accelerator, log: MetricsLog, step: int, **metrics: float) -> None:
-    """To the JSON lines and to the trackers."""
-    if accelerator.is_main_process:
-        log.write(step, **metrics)
-    accelerator.log(metrics, step=step)
-
-
-def tracked(recipe: FinetuneRecipe) -> dict:
-    """The recipe in the types that every tracker takes."""
-    return {name: "" if value is None else value for name, value in dataclasses.asdict(recipe).items()}
 
 
 def card_facts(
@@ -514,23 +435,6 @@ def show_predictions(folder: Path, images: LabelledImages) -> None:
             mark = "" if best["label"] == true_name else " [red]x[/red]"
             table.add_row(str(index), true_name, best["label"] + mark, f"{best['score']:.3f}")
     Console().print(table)
-
-
-@contextlib.contextmanager
-def errors_for_people() -> Iterator[None]:
-    """What a user can mend, in a sentence and not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, TrainingDiverged) as error:
-        # what a worker of the data loader raises arrives with its traceback in front
-        message = str(error).rpartition("\nValueError: ")[2] if "DataLoader worker" in str(error) else str(error)
-        console.print(Text.assemble(("Error: ", "bold red"), message.strip()), soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.print(
-            "Interrupted. Go on from the last checkpoint with --resume_from_checkpoint latest.", soft_wrap=True
-        )
-        sys.exit(130)
 
 
 if __name__ == "__main__":

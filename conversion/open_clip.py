@@ -302,7 +302,13 @@ def _assumptions(found: DualArchitecture, arch: str, is_published: bool, has_tok
             "Images: resized with their shorter side, normalized with the mean and std of OpenAI's models, which is "
             "what most are trained with; the file does not say it."
         )
-    if found.text_hidden_size is not None and not has_tokenizer:
+    if has_tokenizer:
+        sentences.append(
+            "Texts get the ids that OpenCLIP's tokenizer gives them, with two exceptions: that one mends broken "
+            "Unicode, curly quotes and HTML entities first, and pads with 0 where this one pads with the end of text "
+            "and masks it. The vectors do not depend on the padding."
+        )
+    elif found.text_hidden_size is not None:
         sentences.append(
             f"No tokenizer: a vocabulary of {found.vocab_size} is not CLIP's. Texts end at the highest id."
         )

@@ -12,11 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import hf_vitreg
-from conversion.dual_encoder_card import dual_encoder_card
 from conversion.family import ConversionError, Prepared
 from conversion.parity import TOLERANCE, Row
 from conversion.reading import progress_console, without_progress_bars
-from hf_vitreg import ViTRegPreTrainedModel
 from hf_vitreg.atomic import atomic_folder
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import PRETRAINING_HEADS, write_model_repository
@@ -53,13 +51,11 @@ def write(prepared: Prepared, rows: list[Row], comparison_seconds: float, output
     """A model repository with the record of the conversion, which is returned."""
     record = conversion_record(prepared, rows) | {"comparison_seconds": round(comparison_seconds, 3)}
     card = card_facts(prepared, rows, name=output_dir.resolve().name)
-    if not isinstance(prepared.model, ViTRegPreTrainedModel):
-        card = dual_encoder_card(prepared.model, card, has_tokenizer=prepared.tokenizer is not None)
     with atomic_folder(output_dir) as folder, _one_status(f"Writing {output_dir}"):
         files = {RECORD: json.dumps(record, indent=2) + "\n"}
-        write_model_repository(folder, prepared.model, prepared.image_processor, card, files)
-        if prepared.tokenizer is not None:
-            prepared.tokenizer.save_pretrained(folder)
+        write_model_repository(
+            folder, prepared.model, prepared.image_processor, card, files, tokenizer=prepared.tokenizer
+        )
         if prepared.heads:
             save_file(dict(prepared.heads), folder / PRETRAINING_HEADS)
     return record

@@ -6,15 +6,19 @@
 fixtures/*_losses.safetensors. `all_reduce` does nothing there, since one process ran; DINOv2 calls it without asking.
 """
 
+import itertools
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+
+from hf_vitreg.distributed import derived_seed
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -129,6 +133,19 @@ def dinov2_losses(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found | {"koleo": koleo, "koleo/gradient": torch.autograd.grad(koleo, cls)[0]}
 
 
+def reseeding(generator: Callable, seed: int) -> Callable:
+    """The original generator of masks, with `random` seeded anew before each mask and before they are shuffled."""
+    seeds = (derived_seed(seed, position) for position in itertools.count())
+
+    def call(num_masked: int):
+        mask = generator(num_masked)
+        random.seed(next(seeds))
+        return mask
+
+    random.seed(next(seeds))
+    return call
+
+
 def dinov2_rest(given: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """State dict of a head with its logits, masks, schedules."""
     from dinov2.data import MaskingGenerator, collate_data_and_cast
@@ -143,9 +160,8 @@ def dinov2_rest(given: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
         head.last_layer.weight_g.abs_().add_(0.5)
     found = {"head": head(given["tokens"])}
     for seed, num_crops, rows, cols in MASKS:
-        random.seed(seed)
         empty = ({"global_crops": [torch.zeros(1)] * num_crops, "local_crops": [torch.zeros(1)]}, None)
-        generator = MaskingGenerator((rows, cols), max_num_patches=0.5 * rows * cols)
+        generator = reseeding(MaskingGenerator((rows, cols), max_num_patches=0.5 * rows * cols), seed)
         batch = collate_data_and_cast([empty], (0.1, 0.5), 0.5, torch.float32, rows * cols, generator)
         names = ("collated_masks", "mask_indices_list", "masks_weight")
         found |= {f"masks/{seed}/{name}": batch[full] for name, full in zip(("masks", "indices", "weights"), names)}

@@ -2,6 +2,9 @@
 # Licensed under the Apache License, Version 2.0.
 """Small image datasets that tests make for themselves."""
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -33,3 +36,45 @@ def write_parquet(path: Path, labels: list, label_feature, image_column="image",
     images = [colour_image(names.index(label), index) for index, label in enumerate(labels)]
     datasets.Dataset.from_dict({image_column: images, label_column: labels}, features=features).to_parquet(str(path))
     return path
+
+
+def png(label: int, index: int) -> bytes:
+    """A colour image, encoded."""
+    buffer = io.BytesIO()
+    colour_image(label, index).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, examples: dict[str, dict[str, bytes]]) -> Path:
+    """A WebDataset shard: of each example, by its key, the content of its members by their suffix."""
+    with tarfile.open(path, "w") as archive:
+        for key, members in examples.items():
+            for suffix, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder: Path, num_examples=(4, 3)) -> str:
+    """Tars with every kind of member, whose pattern it returns; class and number of an image are in its key."""
+    folder.mkdir()
+    for shard, count in enumerate(num_examples):
+        members = {
+            f"{shard}{index}": {
+                "png": png(shard, index),
+                "txt": f"text {shard} {index}".encode(),
+                "cls": str(shard).encode(),
+                "json": json.dumps({"caption": f"caption {shard} {index}", "height": 23}).encode(),
+            }
+            for index in range(count)
+        }
+        write_tar(folder / f"{shard}.tar", members)
+    return str(folder / "*.tar")
+
+
+def write_rows(path: Path, **columns: list) -> str:
+    """A parquet file of two images with these columns beside them, whose path it returns."""
+    table = datasets.Dataset.from_dict({"image": [colour_image(0, 0)] * 2, **columns})
+    table.cast_column("image", datasets.Image()).to_parquet(str(path))
+    return str(path)

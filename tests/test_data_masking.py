@@ -42,6 +42,14 @@ def test_masks_are_a_function_of_the_seed_alone():
     assert not torch.equal(first.masks, batch_masks(6, 8, 7, 13).masks)
 
 
+def test_some_crops_of_a_batch_have_the_masks_that_they_have_in_it():
+    whole = batch_masks(3, 12, 7, 13)
+    wanted = [2, 3, 8, 9, 0]
+    part = batch_masks(3, 12, 7, 13, wanted=wanted)
+    assert torch.equal(part.masks, whole.masks[wanted]) and part.masks.any()
+    assert torch.equal(part.indices, part.masks.flatten().nonzero()[:, 0])
+
+
 def test_which_crops_are_masked_changes():
     masked = torch.stack([batch_masks(seed, 6, 7, 13).masks.any(dim=1) for seed in range(40)])
     assert (masked.sum(dim=1) == 3).all() and masked.any(dim=0).all() and not masked.all(dim=0).any()

@@ -76,6 +76,12 @@ def test_collate_stacks():
     assert batch["pixel_values"].shape == (2, 3, 5, 7) and batch["labels"].tolist() == [0, 1]
 
 
+def test_collate_stacks_whatever_there_is():
+    batch = collate([{"global_crops": torch.zeros(2, 3, 5, 5), "local_crops": torch.zeros(0, 3, 4, 4)}] * 3)
+    assert batch["global_crops"].shape == (3, 2, 3, 5, 5) and batch["local_crops"].shape == (3, 0, 3, 4, 4)
+    assert collate([{"labels": 1}, {"labels": 0}])["labels"].dtype == torch.int64
+
+
 def test_no_mixing_is_the_identity():
     pixel_values, labels = torch.rand(3, 3, 5, 7), torch.tensor([0, 2, 1])
     mixed, targets = mixing(AugmentationOptions(), num_labels=4)(pixel_values, labels)

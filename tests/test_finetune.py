@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForImageClassification, Dinov2Confi
 import finetune
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
 from hf_vitreg.data.transforms import new_image_processor
-from hf_vitreg.training.checkpoint import Checkpoints
+from hf_vitreg.training.run import TrainingDiverged
 
 
 ROOT = Path(finetune.__file__).parent
@@ -147,17 +147,17 @@ class Killed(BaseException):
 @pytest.mark.parametrize("killed_at", [3, 6])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path, monkeypatch, killed_at):
     """Mid-epoch and past its end, with mixing, stochastic depth, accumulation, moving average and layer decay."""
-    original = finetune.mean_loss
+    original = finetune.mean_metrics
 
     def killing(accelerator, losses):
         if losses[-1][0] == killed_at:
             raise Killed
         return original(accelerator, losses)
 
-    monkeypatch.setattr(finetune, "mean_loss", killing)
+    monkeypatch.setattr(finetune, "mean_metrics", killing)
     with pytest.raises(Killed):
         run(tmp_path / "run")
-    monkeypatch.setattr(finetune, "mean_loss", original)
+    monkeypatch.setattr(finetune, "mean_metrics", original)
     run(tmp_path / "run", resume_from_checkpoint="latest")
     assert_equal_weights(finished[0], tmp_path / "run")
     assert metrics(finished[0]) == metrics(tmp_path / "run")
@@ -233,12 +233,6 @@ def test_two_processes_train_together(tmp_path):
     assert model.config.num_labels == 10
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit_code, finetune.errors_for_people():
-        raise KeyboardInterrupt
-    assert exit_code.value.code == 130 and "--resume_from_checkpoint latest" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("save_steps", "named"), [(3, "loss of step 5 is nan"), (2, "weights after step 4 are not finite")]
 )
@@ -251,7 +245,7 @@ def test_what_is_no_number_stops_before_anything_is_saved(tmp_path, monkeypatch,
         original(optimizer, learning_rate if len(steps) <= 6 else float("inf"))  # two batches a step: breaks in step 4
 
     monkeypatch.setattr(finetune, "set_learning_rate", exploding)
-    with pytest.raises(finetune.TrainingDiverged, match=named):
+    with pytest.raises(TrainingDiverged, match=named):
         run(tmp_path / "run", logging_steps=100, save_steps=save_steps, eval_steps=100, max_steps=9)
     checkpoint = tmp_path / "run" / "checkpoints" / f"step-0000000{save_steps}"
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
@@ -400,11 +394,6 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     assert list((tmp_path / "run" / "logs").rglob("events.*"))
 
 
-def test_checkpoints_that_are_not_whole_are_not_seen(tmp_path):
-    (tmp_path / "step-00000004").mkdir()
-    assert Checkpoints(tmp_path, accelerator=None, limit=2).all() == []
-
-
 PUSH = """
 import json, os, sys
 import finetune, torch
@@ -463,18 +452,6 @@ def test_fsdp_that_was_asked_for_and_is_not_active_is_an_error(tmp_path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP was asked for"):
         run(tmp_path / "run")
-
-
-def test_the_default_folder_is_the_first_that_is_free(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    recipe = finetune.FinetuneRecipe()
-    assert finetune.default_output_dir(recipe) == Path("runs/digits")
-    for name in ("digits", "digits-2"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    assert finetune.default_output_dir(recipe) == Path("runs/digits-3")
-    assert finetune.default_output_dir(finetune.FinetuneRecipe(resume_from_checkpoint="latest")) == Path(
-        "runs/digits-2"
-    )
 
 
 def test_a_folder_with_other_files_is_not_written_to(tmp_path):

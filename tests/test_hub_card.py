@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 
+import dual_encoders
 import PIL.Image
 import pytest
 import torch
@@ -339,3 +340,51 @@ def test_code_of_the_card_runs_as_written(model_class, changes, tmp_path):
             assert names["features"].shape == (1, 12)
         else:
             assert type(names["model"]) is model_class
+
+
+@pytest.mark.parametrize("contrastive_loss", ["clip", "siglip"])
+def test_card_of_a_dual_encoder_tells_both_towers_and_its_code_runs(contrastive_loss, tmp_path, capsys):
+    # pipelines cut no text, and this one's has 26 tokens
+    length = {"text_max_length": 41}
+    model = dual_encoders.objective(contrastive_loss=contrastive_loss, **length).exportable()
+    facts = CardFacts(
+        name="walls",
+        dataset_name="painted walls",
+        dataset_type="imagefolder",
+        metrics={"zero_shot_accuracy": 0.875},
+        command="accelerate launch pretrain.py",
+        recipe={"contrastive_loss": contrastive_loss},
+    )
+    write_model_repository(
+        tmp_path, model, dual_encoders.PROCESSOR, facts, tokenizer=dual_encoders.tokenizer(**length)
+    )
+    card = load_card(tmp_path / "README.md")
+    for part in (
+        "| Vision tower | `ViTRegModel`: 2 layers of width 24, 3 heads,",
+        "| Text tower | `clip_text_model`: 2 layers of width 20, 2 heads, MLP (`gelu`) of width 80 |",
+        "| Common space | 29 dimensions |",
+        "| Texts | up to 41 tokens out of 293 |",
+        "| Register tokens | 3 |",
+        f"| Parameters | {model.num_parameters():,} |",
+        "It was trained on painted walls",
+        "| zero_shot_accuracy | 0.875 |",
+        "accelerate launch pretrain.py",
+        f"contrastive_loss: {contrastive_loss}",
+    ):
+        assert part in card.text
+    assert "trust_remote_code" not in card.text
+    assert card.data.tags == ["vitreg", "vision-transformer", "clip", "register-tokens"]
+    assert header(card)["model-index"][0]["results"][0]["task"]["type"] == "zero-shot-image-classification"
+    cited = re.findall(r"@\w+\{(\w+)", card.text)
+    assert cited[:3] == ["darcet2024registers", "radford2021clip", "cherti2023openclip"]
+    assert ("zhai2023siglip" in cited) == (contrastive_loss == "siglip")
+    names = {}
+    for block in code_blocks(card):
+        exec(block.replace(MODEL_ID, str(tmp_path)), names)
+    assert names["image_embeds"].shape == (1, 29) and names["text_embeds"].shape == (2, 29)
+    assert names["patch_tokens"].shape == (1, 6, 24)
+    assert "'label': 'a cat'" in capsys.readouterr().out
+    if contrastive_loss == "siglip":
+        expected = names["logits"] - model.config.logit_bias
+        images, texts = (torch.nn.functional.normalize(names[name]) for name in ("image_embeds", "text_embeds"))
+        torch.testing.assert_close(expected, 10 * images @ texts.T)

@@ -7,6 +7,7 @@ import re
 import socket
 from pathlib import Path
 
+import dual_encoders
 import huggingface_hub
 import pytest
 import torch
@@ -14,7 +15,13 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, BitImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BitImageProcessor,
+)
 
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
 from hf_vitreg.hub import export
@@ -50,6 +57,28 @@ def write(folder, fill=None, name="digits", model_class=ViTRegForImageClassifica
             torch.nn.init.constant_(parameter, fill)
     size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 14, "width": 21}}
     write_model_repository(folder, model, BitImageProcessor(**size), CardFacts(name=name), **kwargs)
+    return model
+
+
+DUAL_FILES = [
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+def write_dual(folder, fill=None, tokenizer=True, **kwargs):
+    """A repository of a tiny dual encoder; all its weights are `fill`, if given."""
+    model = dual_encoders.objective().exportable()
+    if fill is not None:
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, fill)
+    tokenizer = dual_encoders.tokenizer() if tokenizer else None
+    facts = CardFacts(name="walls")
+    write_model_repository(folder, model, dual_encoders.PROCESSOR, facts, tokenizer=tokenizer, **kwargs)
     return model
 
 
@@ -108,6 +137,30 @@ def test_every_published_class_makes_a_whole_repository(name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [name]
     assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == PIPELINE_TAGS[name]
     assert model_class.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"] == set()
+
+
+def test_dual_encoder_is_a_whole_repository(tmp_path):
+    model = write_dual(tmp_path, files={"recipe.yaml": "seed: 1\n"})
+    assert names(tmp_path) == sorted([*DUAL_FILES, "recipe.yaml"])
+    check_model_repository(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["VisionTextDualEncoderModel"]
+    assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "zero-shot-image-classification"
+    loaded, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    pairs = dual_encoders.batch()
+    torch.testing.assert_close(loaded(**pairs).logits_per_image, model.eval()(**pairs).logits_per_image)
+    texts = AutoTokenizer.from_pretrained(tmp_path)(dual_encoders.CAPTIONS[0]).input_ids
+    assert texts == [token for token, kept in zip(pairs["input_ids"][0], pairs["attention_mask"][0]) if kept]
+
+
+def test_dual_encoder_takes_the_place_of_another(tmp_path):
+    write_dual(tmp_path, fill=1.0)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_dual(tmp_path, fill=2.0)
+    check_model_repository(tmp_path)
+    assert names(tmp_path) == DUAL_FILES
+    assert set(AutoModel.from_pretrained(tmp_path).text_projection.weight.flatten().tolist()) == {2.0}
 
 
 def test_card_tells_what_was_saved_not_what_was_loaded_before(folder):
@@ -294,6 +347,35 @@ def test_folder_that_would_not_load_is_refused(spoil, message, folder):
         check_model_repository(folder)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda f: spoil_weights(f, lambda w: w.pop("text_projection.weight")),
+            r"of a VisionTextDualEncoderModel with.*1 missing \(text_projection\.weight\)",
+        ),
+        (
+            lambda f: spoil_config(f, vision_config={"model_type": "vit"}),
+            "'vitreg' and 'vision-text-dual-encoder' around",
+        ),
+        (lambda f: spoil_config(f, architectures=["CLIPModel"]), r"must name one of .*, got \['CLIPModel'\]"),
+    ],
+    ids=["weights", "another vision tower", "another class"],
+)
+def test_dual_encoder_that_would_not_load_is_refused(spoil, message, tmp_path):
+    write_dual(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check_model_repository(tmp_path)
+
+
+def test_dual_encoder_without_tokenizer_is_not_complete(tmp_path):
+    write_dual(tmp_path, tokenizer=False)
+    with pytest.raises(FileNotFoundError, match=r": tokenizer\.json, tokenizer_config\.json missing"):
+        check_model_repository(tmp_path)
+    assert "There is no tokenizer" in (tmp_path / "README.md").read_text()
+
+
 def test_training_leftovers_are_not_published(folder):
     published = {
         "recipe.yaml": "seed: 1",
@@ -362,6 +444,15 @@ def test_repository_goes_up_in_one_commit(hub, folder, caplog):
     assert '"org/digits"' in card and "org/name" not in card
     assert '"org/name"' in (folder / "README.md").read_text()
     assert caplog.messages[0] == "Not uploaded: metrics.jsonl"
+
+
+def test_dual_encoder_goes_up_with_its_tokenizer(hub, tmp_path):
+    write_dual(tmp_path / "model")
+    (tmp_path / "model" / "metrics.jsonl").write_text("{}\n")
+    publish(tmp_path / "model", "org/walls")
+    files = hub.repos["org/walls"].files()
+    assert sorted(files) == sorted([".gitattributes", *DUAL_FILES])
+    assert b'"org/walls"' in files["README.md"] and b"org/name" not in files["README.md"]
 
 
 def test_name_alone_goes_to_the_own_namespace_and_private_is_private(hub, folder):

@@ -15,7 +15,18 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = "hf_vitreg"
 MODEL = {"configuration_vitreg", "modeling_vitreg"}
-METHOD = {*MODEL, "objectives.base", "objectives.heads", "objectives.losses", "distributed"}
+METHOD = {
+    *MODEL,
+    "pretrain_recipe",
+    "objectives.averaging",
+    "objectives.base",
+    "objectives.heads",
+    "objectives.losses",
+    "objectives.packing",
+    "objectives.rank",
+    "training.schedules",
+    "distributed",
+}
 TOOL = {*MODEL, "features", "data", "metrics", "distributed", "atomic", "machine"}
 # what the modules of a unit may import of the package, beside each other
 ALLOWED = {
@@ -24,17 +35,25 @@ ALLOWED = {
     "original_layouts": set(),
     "__init__": {*MODEL, "original_layouts"},
     "recipe": set(),
+    "pretrain_recipe": {"recipe"},
     "distributed": set(),
     "atomic": set(),
     "machine": {"distributed"},
-    "data": {"recipe", "distributed"},
+    "data": {"recipe", "pretrain_recipe", "distributed"},
     "metrics": {"recipe", "distributed"},
-    "training": {"recipe", "distributed"},
+    "training": {"recipe", "pretrain_recipe", "distributed", "machine", "training.schedules"},
+    # functions of a step, which losses have schedules of too
+    "training.schedules": set(),
     "vit_families": set(),
     "features": {*MODEL, "vit_families", "data", "distributed"},
+    "teachers": {"features", "data"},
     "objectives": set(),
+    "objectives.averaging": set(),
     "objectives.losses": {"recipe", "distributed"},
     "objectives.heads": {"distributed"},
+    "objectives.text_towers": {"pretrain_recipe"},
+    "objectives.packing": MODEL,
+    "objectives.rank": set(),
     "objectives.base": {*MODEL, "distributed"},
     "objectives.dino": METHOD,
     "objectives.supervised": METHOD,
@@ -42,9 +61,13 @@ ALLOWED = {
     "hub": TOOL,
     "deployment": TOOL,
     "evaluation": TOOL,
+    # what is watched in training is what both of them measure
+    "evaluation.monitoring": {*TOOL, "evaluation", "analysis"},
     "analysis": TOOL,
     "registers": TOOL,
 }
+# puts together what everything below it offers
+ALLOWED["pretraining"] = set(ALLOWED)
 # the command line may import everything
 ALLOWED["cli"] = set(ALLOWED)
 ALLOWED["__main__"] = {"cli"}

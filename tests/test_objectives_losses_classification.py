@@ -41,6 +41,15 @@ def test_soft_cross_entropy_is_that_of_timm_and_of_labels(logits, mixed):
     )
 
 
+def test_label_smoothing_is_that_of_timm(logits):
+    from timm.loss import LabelSmoothingCrossEntropy
+
+    labels = torch.randint(NUM_LABELS, (BATCH_SIZE,))
+    expected = LabelSmoothingCrossEntropy(0.13)(logits, labels)
+    torch.testing.assert_close(soft_cross_entropy(logits, labels, 0.13), expected)
+    torch.testing.assert_close(soft_cross_entropy(logits, torch.eye(NUM_LABELS)[labels], 0.13), expected)
+
+
 def test_binary_cross_entropy_is_that_of_timm(logits, mixed):
     from timm.loss import BinaryCrossEntropy
 

@@ -393,11 +393,23 @@ class ViTRegAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        projected = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        attention_output, weights = self.attend(*projected, position_embeddings, **kwargs)
+        return self.o_proj(attention_output), weights
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is between the projections, each `(batch_size, tokens, hidden_size)` as the output is."""
         # kept from the attention functions: those that cannot return weights would warn and return none
         output_attentions = kwargs.pop("output_attentions", self.config.output_attentions)
-        query = _normed_and_rotated(self._heads(self.q_proj(hidden_states)), self.q_norm, position_embeddings)
-        key = _normed_and_rotated(self._heads(self.k_proj(hidden_states)), self.k_norm, position_embeddings)
-        value = self._heads(self.v_proj(hidden_states))
+        query = _normed_and_rotated(self._heads(query), self.q_norm, position_embeddings)
+        key = _normed_and_rotated(self._heads(key), self.k_norm, position_embeddings)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -405,7 +417,7 @@ class ViTRegAttention(nn.Module):
             self,
             query,
             key,
-            value,
+            self._heads(value),
             None,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -416,7 +428,7 @@ class ViTRegAttention(nn.Module):
         elif weights is None or weights.ndim != 4:
             # sdpa and flash return none, flex attention on a GPU the (batch_size, num_heads, tokens) normalizers
             weights = self._weights(query, key)
-        return self.o_proj(attention_output.flatten(-2)), weights
+        return attention_output.flatten(-2), weights
 
     def rows(
         self,

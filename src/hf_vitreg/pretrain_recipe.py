@@ -435,30 +435,109 @@ class PretrainRunOptions:
     license: str = "apache-2.0"
 
 
-AT_LEAST_ONE = (
-    "shuffle_buffer_size max_train_samples dataloader_prefetch_factor knn_train_samples knn_eval_samples hidden_size "
-    "num_hidden_layers num_attention_heads patch_size image_size num_prototypes head_mlp_size head_bottleneck_size "
-    "head_num_layers ibot_num_prototypes ibot_head_mlp_size ibot_head_bottleneck_size sinkhorn_iterations "
-    "loss_chunk_rows num_repeated_augmentations projection_dim text_hidden_size text_num_hidden_layers "
-    "text_num_attention_heads text_max_length text_vocab_size learning_rate_batch_size gradient_accumulation_steps "
-    "eval_steps logging_steps num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
-    "save_steps save_total_limit max_logit_scale"
-).split()
-AT_LEAST_ZERO = (
-    "dataloader_num_workers num_register_tokens register_init_std layerscale_value rope_shift num_local_crops "
-    "color_jitter_strength dino_weight local_weight ibot_weight koleo_weight gram_weight gram_update_steps "
-    "gram_max_updates three_augment_color_jitter rand_augment_num_ops mixup_alpha cutmix_alpha learning_rate "
-    "warmup_learning_rate min_learning_rate weight_decay weight_decay_end patch_embed_lr_ratio adam_epsilon "
-    "max_grad_norm max_train_minutes peak_tflops distillation_temperature student_temperature teacher_temperature "
-    "teacher_temperature_start"
-).split()
-SHARES = (
-    "drop_path_rate horizontal_flip color_jitter grayscale local_blur solarize center_momentum "
-    "teacher_temperature_warmup_ratio teacher_momentum teacher_momentum_end mask_probability freeze_last_layer_ratio "
-    "head_warmup_ratio gram_start_ratio label_smoothing random_crop_min_scale flip distillation_weight "
-    "clip_crop_min_scale clip_flip warmup_ratio layer_decay adam_beta1 adam_beta2 ema_decay min_feature_rank "
-    "min_target_entropy max_teacher_entropy"
-).split()
+AT_LEAST_ONE = [
+    "shuffle_buffer_size",
+    "max_train_samples",
+    "dataloader_prefetch_factor",
+    "knn_train_samples",
+    "knn_eval_samples",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "image_size",
+    "num_prototypes",
+    "head_mlp_size",
+    "head_bottleneck_size",
+    "head_num_layers",
+    "ibot_num_prototypes",
+    "ibot_head_mlp_size",
+    "ibot_head_bottleneck_size",
+    "sinkhorn_iterations",
+    "loss_chunk_rows",
+    "num_repeated_augmentations",
+    "projection_dim",
+    "text_hidden_size",
+    "text_num_hidden_layers",
+    "text_num_attention_heads",
+    "text_max_length",
+    "text_vocab_size",
+    "learning_rate_batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "logging_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "save_steps",
+    "save_total_limit",
+    "max_logit_scale",
+]
+AT_LEAST_ZERO = [
+    "dataloader_num_workers",
+    "num_register_tokens",
+    "register_init_std",
+    "layerscale_value",
+    "rope_shift",
+    "num_local_crops",
+    "color_jitter_strength",
+    "dino_weight",
+    "local_weight",
+    "ibot_weight",
+    "koleo_weight",
+    "gram_weight",
+    "gram_update_steps",
+    "gram_max_updates",
+    "three_augment_color_jitter",
+    "rand_augment_num_ops",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "learning_rate",
+    "warmup_learning_rate",
+    "min_learning_rate",
+    "weight_decay",
+    "weight_decay_end",
+    "patch_embed_lr_ratio",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_train_minutes",
+    "peak_tflops",
+    "distillation_temperature",
+    "student_temperature",
+    "teacher_temperature",
+    "teacher_temperature_start",
+]
+SHARES = [
+    "drop_path_rate",
+    "horizontal_flip",
+    "color_jitter",
+    "grayscale",
+    "local_blur",
+    "solarize",
+    "center_momentum",
+    "teacher_temperature_warmup_ratio",
+    "teacher_momentum",
+    "teacher_momentum_end",
+    "mask_probability",
+    "freeze_last_layer_ratio",
+    "head_warmup_ratio",
+    "gram_start_ratio",
+    "label_smoothing",
+    "random_crop_min_scale",
+    "flip",
+    "distillation_weight",
+    "clip_crop_min_scale",
+    "clip_flip",
+    "warmup_ratio",
+    "layer_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "ema_decay",
+    "min_feature_rank",
+    "min_target_entropy",
+    "max_teacher_entropy",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -489,7 +568,9 @@ class PretrainRecipe(
         self._require_sources()
         self._require_crops()
         if self.objective == "supervised" and self.classification_loss == "bce" and self.label_smoothing:
-            raise ValueError("--classification_loss bce takes every smoothed class for a yes: set --label_smoothing 0.")
+            raise ValueError(
+                "--classification_loss bce takes every smoothed class for a yes: set --label_smoothing 0."
+            )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id, the repository to publish to: `organization/name`.")
 

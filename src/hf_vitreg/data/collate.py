@@ -5,21 +5,23 @@
 from collections.abc import Callable
 
 import torch
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
+from ..pretrain_recipe import SupervisedOptions
 from ..recipe import AugmentationOptions
 
 
-def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """Stacks samples: `pixel_values` (batch, num_channels, height, width) and `labels` (batch,)."""
-    return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-    }
+def collate(samples: list[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
+    """Stacks what the samples have, such as `pixel_values` (batch, num_channels, height, width), `labels` (batch,).
+
+    A worker stacks straight into the memory that it shares with the training process.
+    """
+    return default_collate(samples)
 
 
 def mixing(
-    options: AugmentationOptions, num_labels: int
+    options: AugmentationOptions | SupervisedOptions, num_labels: int
 ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) over a batch, one of the two a batch where both are on.
 

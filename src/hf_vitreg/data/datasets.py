@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import datasets
@@ -15,6 +15,7 @@ import PIL.ImageOps
 import torch
 
 from ..distributed import derived_seed, forked_rng
+from ..pretrain_recipe import PretrainDataOptions
 from ..recipe import DataOptions
 
 
@@ -64,7 +65,7 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
         names = {"display_name": options.dataset_name, "builder": options.dataset_name, "hub_id": options.dataset_name}
     validation_split = options.validation_split if names.get("hub_id") else "validation"
     if validation is None:
-        train, validation = _held_out(train, options.validation_fraction, seed)
+        train, validation = held_out(train, options.validation_fraction, seed)
         validation_split = f"{options.validation_fraction:.0%} of {options.train_split}, held out"
     validation = _same_labels(train, validation)
     return LabelledImages(
@@ -76,12 +77,18 @@ def load_labelled_images(options: DataOptions, seed: int) -> LabelledImages:
     )
 
 
-def data_name(options: DataOptions) -> str:
+def data_name(options: DataOptions | PretrainDataOptions) -> str:
     """A short name for the data: of its folder (the one above `train`), or of the dataset."""
-    if options.train_dir or options.train_file:
-        path = Path(options.train_dir or options.train_file).resolve()
-        return path.parent.name if options.train_file or path.name in ("train", "training") else path.name
+    files = options.train_file or getattr(options, "train_shards", None)
+    if options.train_dir or files:
+        return place_name(options.train_dir, files)
     return options.dataset_name.split("/")[-1]
+
+
+def place_name(folder: str | None, files: str | None) -> str:
+    """A short name for what is in a folder, or in files: the name of the folder, or of the one above `train`."""
+    path = Path(folder or files).resolve()
+    return path.parent.name if files or path.name in ("train", "training") else path.name
 
 
 def digits() -> datasets.Dataset:
@@ -132,10 +139,7 @@ def class_folders(folder: str | None) -> datasets.Dataset | None:
         )
     images, labels = [], []
     for label, class_folder in enumerate(class_folders):
-        files = [path for path in class_folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-        found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-        if len(found) < len(files):
-            logger.warning("%s: %d files are no images by their names.", class_folder, len(files) - len(found))
+        found = image_files(class_folder)
         if not found:
             raise ValueError(f"The class folder {class_folder} has no image. Add images or remove the folder.")
         images += [{"bytes": None, "path": str(path)} for path in found]
@@ -143,14 +147,34 @@ def class_folders(folder: str | None) -> datasets.Dataset | None:
     return _labelled(images, labels, [image["path"] for image in images], class_names)
 
 
+def image_files(folder: Path, beside: Container[str] = ()) -> list[Path]:
+    """Images at any depth of a folder, by their names, in alphabetical order; it warns of other files.
+
+    Args:
+        folder: Where they are. Hidden files are left out.
+        beside: Suffixes of the files that belong there too.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    others = sum(path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix not in beside for path in files)
+    if others:
+        logger.warning("%s: %d files are no images by their names.", folder, others)
+    return found
+
+
 def _parquet(files: str | None, options: DataOptions) -> datasets.Dataset | None:
     if files is None:
         return None
-    matches = sorted(glob.glob(files, recursive=True))
-    if not matches:
-        raise ValueError(f"No parquet file matches {files}.")
-    loaded = datasets.load_dataset("parquet", data_files=matches, split="train")
+    loaded = datasets.load_dataset("parquet", data_files=matching_files(files, "parquet"), split="train")
     return standard_columns(loaded, options, source=files)
+
+
+def matching_files(pattern: str, kind: str) -> list[str]:
+    """Files of a pattern, in alphabetical order. Raises `ValueError` where there are none."""
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise ValueError(f"No {kind} file matches {pattern}.")
+    return matches
 
 
 def _hub(options: DataOptions) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -184,17 +208,37 @@ def standard_columns(dataset: datasets.Dataset, options: DataOptions, source: st
     for flag, column in (("image_column", options.image_column), ("label_column", options.label_column)):
         if column not in dataset.column_names:
             raise ValueError(f"{source} has no column {column!r}: set --{flag} to one of {dataset.column_names}.")
-    dataset = dataset.select_columns([options.image_column, options.label_column])
-    dataset = dataset.rename_columns({options.image_column: "image", options.label_column: "label"})
-    dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    for flag in ("image", "label"):
-        if missing := dataset.data.column(flag).null_count:
-            raise ValueError(f"{source} has {missing} rows without {flag}. Remove them.")
-    dataset = _with_class_label(dataset, source)
+    dataset = renamed_columns(dataset, {"image": options.image_column, "label": options.label_column}, source)
+    dataset = with_class_label(dataset, source)
     return dataset.add_column("name", [f"{source}, row {row}" for row in range(len(dataset))])
 
 
-def _with_class_label(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
+def renamed_columns(dataset: datasets.Dataset, columns: Mapping[str, str], source: str) -> datasets.Dataset:
+    """Some columns under other names, the images undecoded.
+
+    Args:
+        dataset: With these columns.
+        columns: From the names that they get, of which one is `image`, to those that they have.
+        source: What to call the dataset.
+
+    Raises:
+        ValueError: where rows are without a value.
+    """
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({old: new for new, old in columns.items() if new != old})
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    for column in columns:
+        if missing := dataset.data.column(column).null_count:
+            raise ValueError(f"{source} has {missing} rows without {column}. Remove them.")
+    return dataset
+
+
+def with_class_label(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
+    """The dataset with `label` as a ClassLabel; of numbers and texts its classes are those that occur, sorted.
+
+    Raises:
+        ValueError: for labels outside the classes.
+    """
     labels = dataset.data.column("label").to_pylist()
     if isinstance(feature := dataset.features["label"], datasets.ClassLabel):
         outside = sum(not 0 <= label < feature.num_classes for label in labels)
@@ -211,15 +255,20 @@ def _with_class_label(dataset: datasets.Dataset, source: str) -> datasets.Datase
     return dataset.remove_columns("label").add_column("label", encoded, feature=feature)
 
 
-def _held_out(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def held_out(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Two parts of labelled images, the second with this fraction of each class, drawn at random.
+
+    Raises:
+        ValueError: for a fraction that is none, or too few images of a class.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"There is no validation data, and --validation_fraction {fraction} is not between 0 and 1.")
     try:
         splits = dataset.train_test_split(test_size=fraction, seed=seed, stratify_by_column="label")
     except ValueError as error:
         raise ValueError(
-            f"No validation images could be held out of {len(dataset)}: {error}. Give validation images, another "
-            "--validation_fraction, or at least two images a class."
+            f"No validation images could be held out of {len(dataset)}: {error}. Give validation images of their own, "
+            "or at least two images a class."
         ) from error
     return splits["train"], splits["test"]
 
@@ -320,12 +369,15 @@ class PreparedImages(torch.utils.data.Dataset):
             self.bad_images.add(name)
 
 
-def read_image(encoded: dict) -> PIL.Image.Image:
+def read_image(encoded: dict | None) -> PIL.Image.Image:
     """Decodes `{"bytes": .., "path": ..}` to RGB, upright as its EXIF says, as transformers' pipelines do.
 
     Raises:
-        Exception: whatever Pillow raises for a damaged file, and `ValueError` for more than 8 bits a channel.
+        Exception: whatever Pillow raises for a damaged file, and `ValueError` for none and for more than 8 bits a
+            channel.
     """
+    if encoded is None:
+        raise ValueError("there is none")
     with PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
         if image.mode in DEEP_MODES:
             raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); scale it to 8 first")

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..recipe import DataOptions
+from .columns import choose_column
 from .datasets import (
     SPLIT_NAMES,
     class_folders,
@@ -211,7 +212,7 @@ def _locate(source: str | Path | Mapping, split: str | None, config_name: str | 
     if files := sorted(glob.glob(str(source), recursive=True)):
         return _of_files([Path(file) for file in files], path.parent, str(source), split)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and path.suffix != ".parquet":
-        name = _choose(_hub_splits(str(source), config_name), split or "train", str(source))
+        name = _choose(hub_splits(str(source), config_name), split or "train", str(source))
         return _Found("hub", (str(source),), str(source), name)
     raise ValueError(f"There is no {source}. {_EXPECTED}")
 
@@ -360,7 +361,8 @@ def _load(found: _Found, **arguments) -> datasets.Dataset | datasets.IterableDat
         raise ValueError(f"{found.place} could not be loaded: {cause}. {_EXPECTED}") from error
 
 
-def _hub_splits(repository: str, config_name: str | None) -> list[str]:
+def hub_splits(repository: str, config_name: str | None) -> list[str]:
+    """Names of the splits of a dataset on the Hub. Raises `ValueError` where it is not there."""
     try:
         return datasets.get_dataset_split_names(repository, config_name)
     except (OSError, ValueError) as error:
@@ -381,23 +383,11 @@ def _file_digest(path: str) -> bytes:
 
 
 def _column_names(dataset, columns: _Columns, source: str) -> dict[str, str]:
-    """The columns with images and labels: as given, as they are usually called, or the only one of its kind."""
     kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
-    chosen = {}
-    for kind, given in columns._asdict().items():
-        of_kind = [name for name, feature in dataset.features.items() if isinstance(feature, kinds[kind])]
-        if given is None and kind in dataset.column_names:
-            given = kind
-        elif given is None and len(of_kind) == 1:
-            given = of_kind[0]
-        if given not in dataset.column_names:
-            what = f"no column {given!r}" if given else f"{len(of_kind) or 'no'} columns of {kind}s"
-            raise ValueError(
-                f"{source} has {what}, and must say which one holds the {kind}s: set {kind}_column to one of "
-                f"{', '.join(dataset.column_names)}."
-            )
-        chosen[f"{kind}_column"] = given
-    return chosen
+    return {
+        f"{what}_column": choose_column(dataset.features, what, given, [what], kinds[what], f"{what}_column", source)
+        for what, given in columns._asdict().items()
+    }
 
 
 def _require_every_class(dataset: datasets.Dataset, source: str) -> None:

@@ -3,12 +3,14 @@
 """Which patches the student does not see: masks made of blocks, as DINOv2 draws them (BEiT, Bao et al., 2022)."""
 
 import dataclasses
-import itertools
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from ..distributed import derived_seed
 
 
 # attempts at a block before an image has to do with those it has
@@ -38,8 +40,9 @@ def batch_masks(
     mask_probability: float = 0.5,
     min_ratio: float = 0.1,
     max_ratio: float = 0.5,
+    wanted: Sequence[int] | None = None,
 ) -> BlockMasks:
-    """Masks for a batch, a pure function of its arguments.
+    """Masks for a batch, or for some crops of it, a pure function of its arguments.
 
     Of all crops `mask_probability` are masked, the i-th of them by a share of its patches drawn from the i-th of as
     many equal intervals between the two ratios, so that every batch has masks of all sizes; then crops are shuffled.
@@ -53,6 +56,7 @@ def batch_masks(
         mask_probability: Share of the crops that are masked.
         min_ratio: Smallest share of a masked crop's patches.
         max_ratio: Largest share, and the largest block.
+        wanted: Crops of the batch whose masks to draw, such as those of one process. Default: all.
 
     Raises:
         ValueError: for shares outside of 0 to 1, or a minimum above the maximum.
@@ -62,15 +66,17 @@ def batch_masks(
             "mask_probability, min_ratio and max_ratio must lie between 0 and 1, and the ratios in this order, got "
             f"{mask_probability}, {min_ratio} and {max_ratio}."
         )
-    generator = random.Random(seed)
     num_patches, num_masked_crops = rows * cols, int(num_crops * mask_probability)
     edges = np.linspace(min_ratio, max_ratio, num_masked_crops + 1)
+    intervals = list(range(num_crops))
+    random.Random(derived_seed(seed, num_crops)).shuffle(intervals)
     drawn = []
-    for low, high in itertools.pairwise(edges):
-        num_masked = int(num_patches * generator.uniform(low, high))
+    for interval in intervals if wanted is None else [intervals[crop] for crop in wanted]:
+        # a generator for each mask, so that nobody has to draw those of others
+        generator, num_masked = random.Random(derived_seed(seed, interval)), 0
+        if interval < num_masked_crops:
+            num_masked = int(num_patches * generator.uniform(edges[interval], edges[interval + 1]))
         drawn.append(block_mask(generator, rows, cols, num_masked, max_block=int(max_ratio * num_patches)))
-    drawn += [np.zeros((rows, cols), dtype=bool)] * (num_crops - num_masked_crops)
-    generator.shuffle(drawn)
     return describe(torch.from_numpy(np.stack(drawn)).flatten(1))
 
 

@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..recipe import AugmentationOptions
+from .augmentations import normalized, random_resized_crop
 
 
 def new_image_processor(image_size: int) -> BitImageProcessor:
@@ -70,15 +71,9 @@ def train_transform(
     processor: BaseImageProcessor, options: AugmentationOptions
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """Random crop, flip and RandAugment, then the processor's normalization: `PIL.Image -> (3, height, width)`."""
-    size = input_size(processor)
-    scale = (options.random_crop_min_scale, 1.0)
-    steps = [
-        v2.ToImage(),
-        v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-    ]
+    steps = [random_resized_crop(input_size(processor), options.random_crop_min_scale)]
     if options.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(options.horizontal_flip))
     if options.rand_augment_num_ops:
         steps.append(v2.RandAugment(options.rand_augment_num_ops, options.rand_augment_magnitude))
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]
-    return v2.Compose([*steps, v2.ToPureTensor()])
+    return normalized(steps, processor.image_mean, processor.image_std)

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
+from transformers import PreTrainedConfig, VisionTextDualEncoderConfig
 
 from ..configuration_vitreg import ViTRegConfig
 
@@ -26,6 +27,8 @@ PIPELINE_TAGS = {
     "ViTRegModel": "image-feature-extraction",
     "ViTRegBackbone": "image-feature-extraction",
 }
+# its vision tower is a ViTReg, the rest is transformers' own
+DUAL_ENCODER, DUAL_ENCODER_TAG = "VisionTextDualEncoderModel", "zero-shot-image-classification"
 DENSE = ("ViTRegForSemanticSegmentation", "ViTRegForDepthEstimation")
 CLASSIFIER_INPUTS = {
     "cls": "CLS",
@@ -98,29 +101,39 @@ class CardFacts:
         object.__setattr__(self, "metrics", metrics)
 
 
-def render_card(config: ViTRegConfig, facts: CardFacts, num_parameters: int) -> ModelCard:
+def render_card(
+    config: ViTRegConfig | VisionTextDualEncoderConfig,
+    facts: CardFacts,
+    num_parameters: int,
+    has_tokenizer: bool = True,
+) -> ModelCard:
     """The card of a saved model.
 
     Args:
         config: of a model that was saved, or loaded, as what it is: the head is read from `config.architectures`.
         facts: all else.
         num_parameters: of the whole model.
+        has_tokenizer: whether a dual encoder has one beside it, without which no pipeline loads.
 
     Raises:
-        `ValueError`: where `config.architectures` names no class of this package.
+        `ValueError`: where `config.architectures` names no class of this package, nor a dual encoder.
 
     Metadata: https://huggingface.co/docs/hub/model-cards
     """
     architecture = published_architecture(config.architectures)
-    metadata = _metadata(PIPELINE_TAGS[architecture], config, facts)
+    is_dual = architecture == DUAL_ENCODER
+    vision = config.vision_config if is_dual else config
+    pipeline_tag = DUAL_ENCODER_TAG if is_dual else PIPELINE_TAGS[architecture]
     card = ModelCard.from_template(
-        metadata,
+        _metadata(pipeline_tag, vision, facts),
         template_path=str(_template()),
-        config=config,
+        config=vision,
         facts=facts,
         model_id=MODEL_ID,
         architecture=architecture,
-        **_words_on_model(config, num_parameters),
+        has_tokenizer=has_tokenizer,
+        **_words_on_model(vision, architecture, num_parameters),
+        **_words_on_texts(config if is_dual else None),
         **_words_on_facts(facts),
     )
     # the template has its conditions on lines of their own, where they leave blank ones
@@ -129,12 +142,12 @@ def render_card(config: ViTRegConfig, facts: CardFacts, num_parameters: int) -> 
 
 
 def published_architecture(architectures: list[str] | None) -> str:
-    """The class that `config.architectures` names. `ValueError` where it is none, or none of this package's."""
-    known = ", ".join(PIPELINE_TAGS)
-    if not architectures or architectures[0] not in PIPELINE_TAGS:
+    """The class that `config.architectures` names. `ValueError` where it is none that can be published."""
+    known = (*PIPELINE_TAGS, DUAL_ENCODER)
+    if not architectures or architectures[0] not in known:
         raise ValueError(
-            f"`architectures` of the config must name one of {known}, got {architectures}. `save_pretrained` of these "
-            "classes writes it."
+            f"`architectures` of the config must name one of {', '.join(known)}, got {architectures}. "
+            "`save_pretrained` of these classes writes it."
         )
     return architectures[0]
 
@@ -198,19 +211,23 @@ def _metadata(pipeline_tag: str, config: ViTRegConfig, facts: CardFacts) -> Mode
         base_model=_hub_id(facts.base_model),
         datasets=[name for name in facts.datasets if _hub_id(name)] or None,
         metrics=list(measured) or None,
-        tags=["vitreg", "vision-transformer", *["register-tokens"] * bool(config.num_register_tokens)],
+        tags=[
+            "vitreg",
+            "vision-transformer",
+            *["clip"] * (pipeline_tag == DUAL_ENCODER_TAG),
+            *["register-tokens"] * bool(config.num_register_tokens),
+        ],
         model_name=facts.name if results else None,
         eval_results=results or None,
     )
 
 
-def _words_on_model(config: ViTRegConfig, num_parameters: int) -> dict[str, object]:
+def _words_on_model(config: ViTRegConfig, architecture: str, num_parameters: int) -> dict[str, object]:
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     rows, cols = config.grid_size
     num_registers = config.num_register_tokens
     names = [name for index, name in config.id2label.items() if name != f"LABEL_{index}"]
     labels = ", ".join(f"`{name}`".replace("|", r"\|") for name in names[:MAX_LABELS])
-    architecture = published_architecture(config.architectures)
     return {
         "is_classifier": architecture == "ViTRegForImageClassification",
         "head": architecture.removeprefix("ViTReg") if "For" in architecture else None,
@@ -230,7 +247,7 @@ def _words_on_model(config: ViTRegConfig, num_parameters: int) -> dict[str, obje
         ),
         "queries": "registers" if num_registers else "cls" if config.use_cls_token else "all",
         "pooled": POOLED[config.pooler_type],
-        "mlp": "SwiGLU MLP" if config.use_swiglu_ffn else f"MLP (`{config.hidden_act}`)",
+        "size": _size(config, "SwiGLU MLP" if config.use_swiglu_ffn else f"MLP (`{config.hidden_act}`)"),
         "parameters": f"{num_parameters:,}",
         "height": height,
         "width": width,
@@ -240,6 +257,28 @@ def _words_on_model(config: ViTRegConfig, num_parameters: int) -> dict[str, obje
         "classifier_input": CLASSIFIER_INPUTS.get(config.classifier_layout, POOLED[config.pooler_type]),
         "image_mode": "L" if config.num_channels == 1 else "RGB",
     }
+
+
+def _words_on_texts(config: VisionTextDualEncoderConfig | None) -> dict[str, object]:
+    """Of the text tower and the common space; nothing where there is none."""
+    if config is None:
+        return {"text": None}
+    text = config.text_config
+    return {
+        "text": text,
+        "text_size": _size(text, f"MLP (`{text.hidden_act}`)"),
+        "projection_dim": config.projection_dim,
+        # transformers has no place for it: `logit_bias` is an extra of the config
+        "logit_bias": getattr(config, "logit_bias", None),
+    }
+
+
+def _size(config: PreTrainedConfig, mlp: str) -> str:
+    heads = f"{config.num_attention_heads} head{'s' * (config.num_attention_heads != 1)}"
+    return (
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {heads}, {mlp} of width "
+        f"{config.intermediate_size}"
+    )
 
 
 def _listed(items: list[str]) -> str:

@@ -3,7 +3,8 @@
 """A model as a repository: written to a folder, checked there, and published in one commit.
 
 Such a folder holds weights, config, the two files of model code, the image processor and the card, so that the
-Auto classes load it with `trust_remote_code=True` where this package is not installed.
+Auto classes load it with `trust_remote_code=True` where this package is not installed. That of a dual encoder holds a
+tokenizer in place of the code, because transformers runs no code for a part of a model.
 """
 
 import filecmp
@@ -29,6 +30,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vitreg import AUTO_MAP, ViTRegConfig
@@ -38,15 +45,19 @@ from ..modeling_vitreg import (
     ViTRegForImageClassification,
     ViTRegForSemanticSegmentation,
     ViTRegModel,
-    ViTRegPreTrainedModel,
 )
-from .card import MODEL_ID, CardFacts, load_card, published_architecture, render_card
+from .card import DUAL_ENCODER, MODEL_ID, CardFacts, load_card, published_architecture, render_card
 
 
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
-REQUIRED = (CONFIG, "configuration_vitreg.py", "modeling_vitreg.py", "preprocessor_config.json", CARD)
+MODEL_CODE, IMAGE_PROCESSOR = ("configuration_vitreg.py", "modeling_vitreg.py"), "preprocessor_config.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+REQUIRED = (CONFIG, *MODEL_CODE, IMAGE_PROCESSOR, CARD)
+# the vision tower is a part of it, which no `auto_map` loads
+REQUIRED_OF_DUAL_ENCODER = (CONFIG, *TOKENIZER, IMAGE_PROCESSOR, CARD)
+READ_WITH_WEIGHTS = (CONFIG, *MODEL_CODE, *TOKENIZER, IMAGE_PROCESSOR)
 PRETRAINING_HEADS = "pretraining_heads.safetensors"  # beside a converted backbone, so that its training can go on
 OPTIONAL = ("recipe.yaml", PRETRAINING_HEADS, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -60,6 +71,7 @@ MODEL_CLASSES = {
         ViTRegBackbone,
     )
 }
+DUAL_TYPE = VisionTextDualEncoderConfig.model_type
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img[^>]+src="([^"]+)"')
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)")
 REPEAT = "Nothing is half published. Run the same again: what has arrived is not sent twice."
@@ -68,12 +80,13 @@ INCOMING = ".incoming"  # inside the folder, because files are only moved at onc
 
 def write_model_repository(
     folder: str | os.PathLike,
-    model: ViTRegPreTrainedModel,
+    model: PreTrainedModel,
     image_processor: BaseImageProcessor,
     card: CardFacts | ModelCard | None,
     files: Mapping[str, str | bytes] = {},
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: int | str = "50GB",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write weights, config, model code, image processor, card and `files` to `folder`, whose other files stay.
 
@@ -83,13 +96,15 @@ def write_model_repository(
 
     Args:
         folder: made where it does not exist.
-        model: one of the classes in `auto_map`, unwrapped.
+        model: one of the classes in `auto_map`, unwrapped, or a `VisionTextDualEncoderModel` around a `ViTRegModel`,
+            which has no model code beside it.
         image_processor: of transformers.
         card: facts are rendered for the model as it was saved; None leaves the README.md that is there.
         files: name to content of what else belongs to the model, like `recipe.yaml` and the pictures that the card
             shows.
         state_dict: the weights, where `model` does not hold them itself (sharded training).
         max_shard_size: as in `save_pretrained`.
+        tokenizer: of a dual encoder.
 
     Raises:
         `OSError`: where the folder cannot be written to.
@@ -99,7 +114,7 @@ def write_model_repository(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        _write(staging, model, image_processor, card, state_dict, max_shard_size)
+        _write(staging, model, image_processor, tokenizer, card, state_dict, max_shard_size)
         for name, content in files.items():
             (staging / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except BaseException:
@@ -119,7 +134,7 @@ def check_model_repository(folder: str | os.PathLike) -> None:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}. Give the folder of a model, like the output_dir of finetune.py.")
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    missing = [name for name in _required(folder) if not (folder / name).is_file()]
     missing += [name for name in _weight_files(folder) if not (folder / name).is_file()]
     if not missing:
         card = load_card(folder / CARD)
@@ -141,7 +156,7 @@ def sort_files(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     """
     folder = Path(folder)
     text = (folder / CARD).read_text(encoding="utf-8")
-    names = {*REQUIRED, *OPTIONAL, *_weight_files(folder), *_local(PICTURE, text), *_local(LINK, text)}
+    names = {*_required(folder), *OPTIONAL, *_weight_files(folder), *_local(PICTURE, text), *_local(LINK, text)}
     published = sorted(name for name in names if (folder / name).is_file())
 
     def left_out(inside: Path) -> Iterator[str]:
@@ -227,16 +242,18 @@ def publish(
         ).commit_url
 
 
-def _write(folder: Path, model, image_processor, card, state_dict, max_shard_size) -> None:
-    """The four parts of a repository, into an empty folder."""
+def _write(folder: Path, model, image_processor, tokenizer, card, state_dict, max_shard_size) -> None:
+    """The parts of a repository, into an empty folder."""
     # the original format is the one that a conversion read, whose names the model code does not know
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size, save_original_format=False)
     image_processor.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if isinstance(card, CardFacts):
         buffers = dict(model.named_buffers())
         shapes = _tensor_shapes(folder)
         num_parameters = sum(math.prod(shape) for name, shape in shapes.items() if name not in buffers)
-        card = render_card(model.config, card, num_parameters)
+        card = render_card(model.config, card, num_parameters, has_tokenizer=tokenizer is not None)
     if card is not None:
         card.save(folder / CARD)
     for path in folder.iterdir():
@@ -249,7 +266,7 @@ def _move_in(staging: Path, folder: Path) -> None:
     weights, present = (
         {path.name for path in place.iterdir() if WEIGHT_FILE.fullmatch(path.name)} for place in (staging, folder)
     )
-    loaded_with_weights = [name for name in REQUIRED if name != CARD]
+    loaded_with_weights = [name for name in READ_WITH_WEIGHTS if name in incoming]
     equal, _, _ = filecmp.cmpfiles(staging, folder, loaded_with_weights, shallow=False)
     if equal != loaded_with_weights or not weights == present == {WEIGHTS}:
         (folder / CONFIG).unlink(missing_ok=True)  # back as the last one
@@ -260,6 +277,12 @@ def _move_in(staging: Path, folder: Path) -> None:
     for name in sorted(incoming, key=lambda name: (name == CONFIG, name not in weights, name)):
         os.replace(staging / name, folder / name)
     staging.rmdir()
+
+
+def _required(folder: Path) -> tuple[str, ...]:
+    """What a repository of this model has, beside its weights."""
+    is_dual = (folder / CONFIG).is_file() and _read_json(folder / CONFIG, "model_type")["model_type"] == DUAL_TYPE
+    return REQUIRED_OF_DUAL_ENCODER if is_dual else REQUIRED
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -295,32 +318,34 @@ def _read_json(path: Path, key: str) -> dict:
     return content
 
 
-def _check_config(folder: Path) -> ViTRegConfig:
+def _check_config(folder: Path) -> ViTRegConfig | VisionTextDualEncoderConfig:
     content = _read_json(folder / CONFIG, "model_type")
-    if content["model_type"] != ViTRegConfig.model_type:
+    is_dual = content["model_type"] == DUAL_TYPE
+    vision = content.get("vision_config", {}) if is_dual else content
+    if vision.get("model_type") != ViTRegConfig.model_type:
         raise ValueError(
-            f"{folder / CONFIG} has model_type {content['model_type']!r}, and only {ViTRegConfig.model_type!r} can be "
-            "published. Convert the model first."
+            f"{folder / CONFIG} has model_type {content['model_type']!r}, and only {ViTRegConfig.model_type!r} and "
+            f"{DUAL_TYPE!r} around one can be published. Convert the model first."
         )
     missing = [name for name, place in AUTO_MAP.items() if content.get("auto_map", {}).get(name) != place]
-    if missing:
+    if missing and not is_dual:
         raise ValueError(
             f"auto_map of {folder / CONFIG} lacks {', '.join(missing)}: the Hub could not load the model. Load the "
             "folder with hf_vitreg and save it again."
         )
     try:
-        config = ViTRegConfig.from_dict(content)
+        config = (VisionTextDualEncoderConfig if is_dual else ViTRegConfig).from_dict(content)
         published_architecture(config.architectures)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{folder / CONFIG}: {_one_line(error)}") from error
     return config
 
 
-def _check_weights(folder: Path, config: ViTRegConfig) -> None:
+def _check_weights(folder: Path, config: ViTRegConfig | VisionTextDualEncoderConfig) -> None:
     """`from_pretrained` fills what it does not find with random numbers, and only prints a report."""
     found = _tensor_shapes(folder)
     with torch.device("meta"):
-        model = MODEL_CLASSES[config.architectures[0]](config)
+        model = {**MODEL_CLASSES, DUAL_ENCODER: VisionTextDualEncoderModel}[config.architectures[0]](config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     kinds = {
         "missing": [name for name in expected if name not in found],

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..modeling_vitreg import ViTRegModel, ViTRegPreTrainedModel
+from ..modeling_vitreg import ViTRegModel
 
 
 class Objective(nn.Module, abc.ABC):
@@ -18,13 +19,15 @@ class Objective(nn.Module, abc.ABC):
     random in `forward` comes from torch's generators, which the loop seeds for every batch.
     """
 
-    # where FSDP may cut, as transformers names it
-    _no_split_modules = ViTRegPreTrainedModel._no_split_modules
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Where FSDP may cut, as transformers names it. Only what is there: Accelerate looks for every class."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        named = {name for model in models for name in model._no_split_modules or ()}
+        return sorted(named & {type(module).__name__ for module in self.modules()})
 
     @abc.abstractmethod
-    def forward(
-        self, batch: Mapping[str, torch.Tensor], step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, batch: Mapping[str, torch.Tensor], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, a mean over its images, and what is worth a log line, scalars without gradient.
 
         Args:
@@ -40,8 +43,11 @@ class Objective(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def exportable(self) -> ViTRegPreTrainedModel:
-        """The weights worth publishing: those of the teacher or of the moving average, where there is one."""
+    def exportable(self) -> PreTrainedModel:
+        """What is worth publishing: the teacher or the moving average, where there is one. Collective.
+
+        Its modules may be those that learn.
+        """
 
     @abc.abstractmethod
     def features(self) -> ViTRegModel:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from ..machine import package_versions
 from ..recipe import save_recipe
 
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "run_state.json"
 RECIPE_FILE = "recipe.yaml"
 EMA_FILE = "ema.safetensors"
+VERSIONS_FILE = "versions.json"
 # a run may go on under another name, reporting or saving differently, and stay the same run
 FREE_TO_CHANGE = {
     "output_dir",
@@ -31,11 +33,18 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "logging_steps",
     "report_to",
+    "on_collapse",
+    "min_feature_rank",
+    "min_target_entropy",
+    "max_teacher_entropy",
+    "max_train_minutes",
+    "peak_tflops",
     "push_to_hub",
     "hub_model_id",
     "hub_private",
     "license",
     "dataloader_num_workers",
+    "dataloader_prefetch_factor",
 }
 
 
@@ -45,23 +54,25 @@ class RunState:
 
     Attributes:
         step: Optimizer steps done.
-        best_accuracy: Best validation accuracy so far, -1 before the first evaluation.
+        best_metric: Best value so far of what chooses a checkpoint, the higher the better; -1 before the first one.
         best_step: Its step.
         seconds: Time spent in earlier processes of this run.
-        steps_per_epoch: Follows from the data and the number of processes, which a resumed run must share.
+        steps_per_epoch: Follows from the data and the number of processes, which a resumed run must share; 0 of a
+            stream, which has no end.
     """
 
     step: int = 0
-    best_accuracy: float = -1.0
+    best_metric: float = -1.0
     best_step: int = 0
     seconds: float = 0.0
     steps_per_epoch: int = 0
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder/step-00000123`: the last few and the one with the best accuracy.
+    """The checkpoints of one run, `folder/step-00000123`: the last few and the one with the best metric.
 
-    Each holds what `Accelerator.save_state` writes, the moving average, the run's state and the recipe.
+    Each holds what `Accelerator.save_state` writes, the moving average, where each process stands in the data, the
+    run's state, the recipe and the versions of packages.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, limit: int):
@@ -69,8 +80,17 @@ class Checkpoints:
         self.accelerator = accelerator
         self.limit = limit
 
-    def save(self, state: RunState, recipe, ema: torch.nn.Module | None) -> None:
-        """Collective. A process killed at any moment leaves the checkpoints that were there, and no half one."""
+    def save(
+        self, state: RunState, recipe, ema: torch.nn.Module | None = None, data_state: dict | None = None
+    ) -> None:
+        """Collective. A process killed at any moment leaves the checkpoints that were there, and no half one.
+
+        Args:
+            state: Where the run stands.
+            recipe: Of the run, a dataclass.
+            ema: A moving average that is no part of what Accelerate prepared.
+            data_state: Where this process stands in the data, which need not be where the others do; JSON.
+        """
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
         if self.accelerator.is_main_process:
@@ -79,17 +99,25 @@ class Checkpoints:
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(partial)
+        if data_state is not None:
+            self._data_file(partial).write_text(json.dumps(data_state))
         if self.accelerator.is_main_process:
             if ema is not None:
                 safetensors.torch.save_file(ema.state_dict(), partial / EMA_FILE)
             save_recipe(recipe, partial / RECIPE_FILE)
-            (partial / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state)))
+            (partial / VERSIONS_FILE).write_text(json.dumps(package_versions()))
+            described = {**dataclasses.asdict(state), "num_processes": self.accelerator.num_processes}
+            (partial / STATE_FILE).write_text(json.dumps(described))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             _remove(final)
             os.replace(partial, final)
             self._prune(state)
         self.accelerator.wait_for_everyone()
+
+    def _data_file(self, folder: Path) -> Path:
+        """Of this process."""
+        return folder / f"data_state_{self.accelerator.process_index}.json"
 
     def _prune(self, state: RunState) -> None:
         """Removes all but the last `limit` and the best."""
@@ -98,7 +126,7 @@ class Checkpoints:
                 _remove(path)
 
     def best(self, state: RunState) -> Path:
-        """The checkpoint with the best accuracy."""
+        """The checkpoint with the best metric."""
         return self.folder / f"step-{state.best_step:08d}"
 
     def all(self) -> list[Path]:
@@ -127,25 +155,37 @@ class Checkpoints:
             raise ValueError(f"{name} is no checkpoint of the run in {self.folder.parent}, which has: {known}.")
         return found[0]
 
-    def load(self, path: Path, recipe, ema: torch.nn.Module | None) -> RunState:
+    def load(self, path: Path, recipe, ema: torch.nn.Module | None = None) -> tuple[RunState, dict | None]:
         """Collective. Restores model, optimizer, random states and moving average.
 
+        Returns:
+            Where the run stood, and where this process stood in the data, as both were saved.
+
         Raises:
-            ValueError: where the checkpoint belongs to another recipe, or is damaged.
+            ValueError: where the checkpoint belongs to another recipe or number of processes, or is damaged.
         """
         try:
             saved_recipe = yaml.safe_load((path / RECIPE_FILE).read_text())
-            state = RunState(**json.loads((path / STATE_FILE).read_text()))
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            described = json.loads((path / STATE_FILE).read_text())
+            num_processes = described.pop("num_processes")
+            state = RunState(**described)
+        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(_damaged(path, error)) from error
         _require_same_recipe(saved_recipe, dataclasses.asdict(recipe), path)
+        if num_processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"{path} was saved by {num_processes} processes, each with its part of the data, and there are "
+                f"{self.accelerator.num_processes} now. Resume with --num_processes {num_processes}."
+            )
         try:
             self.accelerator.load_state(path)
             if ema is not None:
                 ema.load_state_dict(safetensors.torch.load_file(path / EMA_FILE))
+            data_file = self._data_file(path)
+            data_state = json.loads(data_file.read_text()) if data_file.exists() else None
         except Exception as error:  # a damaged file can fail in any way
             raise ValueError(_damaged(path, error)) from error
-        return state
+        return state, data_state
 
 
 def _damaged(path: Path, error: Exception) -> str:

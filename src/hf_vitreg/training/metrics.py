@@ -2,8 +2,11 @@
 # Licensed under the Apache License, Version 2.0.
 """The record of a run: metrics as JSON lines, and their curves."""
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -37,26 +40,84 @@ class MetricsLog:
 
 def plot_curves(records: list[dict], path: Path, title: str) -> None:
     """Loss (training and validation) and validation accuracy over the steps, as PNG."""
+    losses = {"train_loss": "training, augmented", "validation_loss": "validation"}
+    with _figure(path, title, num_panels=2) as (loss_axes, accuracy_axes):
+        _panel(loss_axes, "Cross-entropy", "nats", {label: points(records, name) for name, label in losses.items()})
+        _accuracy_panel(accuracy_axes, {"Validation accuracy": points(records, "validation_accuracy")})
+
+
+def plot_pretraining_curves(records: list[dict], path: Path, title: str) -> None:
+    """Losses by part, accuracy, outliers among the norms of patches, and speed over the steps, as PNG.
+
+    What was not measured has no curve.
+    """
+    losses = sorted({name for record in records for name in record if name.endswith("loss")})
+    accuracies = {
+        "kNN accuracy": points(records, "knn_accuracy"),
+        "Validation accuracy": points(records, "validation_accuracy"),
+        "Zero-shot accuracy": points(records, "zero_shot_accuracy"),
+    }
+    outliers, rate = points(records, "outlier_share"), points(records, "images_per_second")
+    with _figure(path, title, num_panels=4) as (loss_axes, accuracy_axes, norm_axes, speed_axes):
+        _panel(loss_axes, "Losses", "loss", {name.replace("_", " "): points(records, name) for name in losses})
+        _accuracy_panel(accuracy_axes, accuracies)
+        _panel(norm_axes, "Norms of patches", "share that are outliers", {"outliers": outliers}, marker="o")
+        _second_scale(norm_axes, "largest over median", points(records, "max_norm_ratio"))
+        _panel(speed_axes, "Speed", "images a second", {"images a second": rate})
+        _second_scale(speed_axes, "share of the device's operations", points(records, "mfu"))
+        for axes in (norm_axes, speed_axes):
+            axes.set_ylim(0, None)
+
+
+Points = list[tuple[int, float]]
+
+
+def points(records: list[dict], name: str) -> Points:
+    """Step and value of a metric, where it was measured."""
+    return [(record["step"], record[name]) for record in records if name in record]
+
+
+@contextlib.contextmanager
+def _figure(path: Path, title: str, num_panels: int) -> Iterator[Sequence]:
+    """Panels, two in a row; written when the block ends."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for name, label in (("train_loss", "training, augmented"), ("validation_loss", "validation")):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            loss_axes.plot(*zip(*points), label=label)
-    accuracies = [
-        (record["step"], record["validation_accuracy"]) for record in records if "validation_accuracy" in record
-    ]
-    if accuracies:
-        accuracy_axes.plot(*zip(*accuracies), color="tab:green", marker="o", markersize=3)
-        best_step, best = max(accuracies, key=lambda point: point[1])
-        accuracy_axes.axhline(best, color="grey", linewidth=0.8, linestyle=":")
-        accuracy_axes.set_title(f"Validation accuracy, best {best:.4f} at step {best_step}")
-    loss_axes.set(title="Cross-entropy", xlabel="optimizer step", ylabel="nats")
-    accuracy_axes.set(xlabel="optimizer step", ylabel="share of images", ylim=(None, 1.0))
-    loss_axes.legend()
-    for axes in (loss_axes, accuracy_axes):
+    num_rows = math.ceil(num_panels / 2)
+    figure = Figure(figsize=(9, 0.2 + 3.4 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, 2).flatten()
+    yield panels
+    for axes in panels:
+        axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def _panel(axes, title: str, unit: str, curves: Mapping[str, Points], **style) -> None:
+    for label, curve in curves.items():
+        if curve:
+            axes.plot(*zip(*curve), label=label, markersize=3, **style)
+    axes.set(title=title, ylabel=unit)
+    if any(curves.values()):
+        axes.legend(fontsize="small")
+
+
+def _accuracy_panel(axes, curves: Mapping[str, Points]) -> None:
+    """With the best of the first curve that there is."""
+    curves = {label: curve for label, curve in curves.items() if curve}
+    _panel(axes, "Accuracy", "share of images", curves, marker="o")
+    axes.set_ylim(None, 1.0)
+    for label, curve in list(curves.items())[:1]:
+        best_step, best = max(curve, key=lambda point: point[1])
+        axes.axhline(best, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_title(f"{label}, best {best:.4f} at step {best_step}")
+
+
+def _second_scale(axes, label: str, curve: Points) -> None:
+    """A curve with a scale of its own on the right."""
+    if not curve:
+        return
+    right = axes.twinx()
+    right.plot(*zip(*curve), color="tab:red", linestyle="--", label=label)
+    right.set_ylabel(label, color="tab:red")
+    right.set_ylim(0, None)

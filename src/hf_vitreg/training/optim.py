@@ -7,11 +7,14 @@ import re
 import torch
 from torch import nn
 
+from ..pretrain_recipe import PretrainOptimizerOptions
 from ..recipe import OptimizerOptions
+from .schedules import cosine
 
 
 # what is learned as a token, and not as a matrix that maps one
 TOKENS = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings", "pooler.latent")
+TEXT_TOKENS = ("token_embedding.weight", "position_embedding.weight")
 
 
 def layer_index(name: str, num_hidden_layers: int) -> int:
@@ -56,3 +59,114 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Sets every group's learning rate to its share of this one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
+
+
+# what only training knows: prototypes that DINOv2 holds back at the start, heads that learn before the backbone does
+LAST_LAYER = "last_layer."
+HEADS = ("head.", "ibot_head.")
+
+
+def pretraining_groups(model: nn.Module, num_hidden_layers: int, options: PretrainOptimizerOptions) -> list[dict]:
+    """The trainable parameters of an objective, each in exactly one group of what its schedules have in common.
+
+    As `parameter_groups`, and the patch embedding has `patch_embed_lr_ratio`. The keys beside `params` and `names`:
+    `lr_scale`, `decays`, `is_last_layer`, `is_backbone`.
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr_scale = options.layer_decay ** (num_hidden_layers + 1 - layer_index(name, num_hidden_layers))
+        if "patch_embeddings." in name:
+            lr_scale *= options.patch_embed_lr_ratio
+        is_token = name.endswith((*TOKENS, *TEXT_TOKENS))
+        traits = {
+            "lr_scale": lr_scale,
+            "decays": options.decay_tokens if is_token else parameter.ndim > 1,
+            "is_last_layer": LAST_LAYER in name,
+            "is_backbone": not any(f".{head}" in f".{name}" for head in HEADS),
+        }
+        group = groups.setdefault(tuple(traits.values()), {"params": [], "names": [], **traits})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def pretraining_optimizer(
+    model: nn.Module, num_hidden_layers: int, options: PretrainOptimizerOptions
+) -> torch.optim.Optimizer:
+    """AdamW or LAMB over `pretraining_groups`; `Schedule` gives each group its values at every step.
+
+    Raises:
+        ImportError: for LAMB without timm.
+    """
+    groups = pretraining_groups(model, num_hidden_layers, options)
+    for group in groups:
+        del group["names"]
+    settings = {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.weight_decay,
+    }
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings)
+    try:
+        from timm.optim import Lamb
+    except ImportError as error:
+        raise ImportError("--optimizer lamb is timm's: pip install 'hf-vitreg[timm]'.") from error
+    return Lamb(groups, **settings)
+
+
+class Schedule:
+    """Learning rate and weight decay of every group at every step.
+
+    Args:
+        options: Where the curves start and end.
+        total_steps: Steps of the run.
+        batch_size: Images a step, over all processes and accumulated batches, that the learning rate is scaled by.
+        frozen_last_layer_ratio: Share of the steps in which the prototypes stay.
+        head_warmup_ratio: Share of the steps in which the heads alone learn.
+    """
+
+    def __init__(
+        self,
+        options: PretrainOptimizerOptions,
+        total_steps: int,
+        batch_size: int,
+        frozen_last_layer_ratio: float = 0.0,
+        head_warmup_ratio: float = 0.0,
+    ):
+        self.options = options
+        self.total_steps = total_steps
+        self.peak = options.learning_rate * _batch_factor(options, batch_size)
+        self.warmup_steps = round(options.warmup_ratio * total_steps)
+        self.frozen_last_layer_steps = round(frozen_last_layer_ratio * total_steps)
+        self.head_warmup_steps = round(head_warmup_ratio * total_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Of a group whose `lr_scale` is 1; `step` counts from 0."""
+        end = self.peak if self.options.constant_learning_rate else self.options.min_learning_rate
+        start = self.options.warmup_learning_rate
+        return cosine(step, self.total_steps, self.peak, end, self.warmup_steps, start)
+
+    def weight_decay(self, step: int) -> float:
+        """Of a group that decays."""
+        start, end = self.options.weight_decay, self.options.weight_decay_end
+        return cosine(step, self.total_steps, start, start if end is None else end)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets what the groups made by `pretraining_groups` have at this step, from 0."""
+        learning_rate, weight_decay = self.learning_rate(step), self.weight_decay(step)
+        for group in optimizer.param_groups:
+            held_back = (group["is_last_layer"] and step < self.frozen_last_layer_steps) or (
+                group["is_backbone"] and step < self.head_warmup_steps
+            )
+            group["lr"] = 0.0 if held_back else learning_rate * group["lr_scale"]
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def _batch_factor(options: PretrainOptimizerOptions, batch_size: int) -> float:
+    """What the learning rate is multiplied with for a batch of this size."""
+    exponent = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[options.learning_rate_scaling]
+    return (batch_size / options.learning_rate_batch_size) ** exponent

@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from .prototypes import full_precision
 
 
-def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """mean(-sum(targets[b] * log_softmax(logits[b])) for all b).
 
     Args:
         logits: `(batch, num_labels)`.
         targets: Probabilities, `(batch, num_labels)`, or labels, `(batch,)`.
+        label_smoothing: Share of the targets that is spread over all classes.
     """
     logits = full_precision(logits)
-    return F.cross_entropy(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

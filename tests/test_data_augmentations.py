@@ -1,0 +1,37 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+import pickle
+
+import pytest
+import torch
+from sample_images import colour_image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from hf_vitreg.data.augmentations import clip_transform
+from hf_vitreg.distributed import forked_rng
+from hf_vitreg.pretrain_recipe import CLIPOptions
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_an_image_with_a_text_is_cropped_as_open_clip_does():
+    """`RandomResizedCrop` with nine tenths of the image or more, bicubic, then normalization."""
+    image = colour_image(0, 1)
+    transform = pickle.loads(pickle.dumps(clip_transform(CLIPOptions(), 13, MEAN, STD)))
+    reference = v2.RandomResizedCrop(13, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    for seed in range(5):
+        with forked_rng(seed):
+            found = transform(image)["pixel_values"]
+        with forked_rng(seed):
+            expected = F.normalize(F.pil_to_tensor(reference(image)) / 255, MEAN, STD)
+        assert found.shape == (3, 13, 13) and (found - expected).abs().max() < 1.1 / 255 / min(STD)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_it_is_flipped_where_asked_for(flip):
+    image = colour_image(0, 1, height=13, width=13)
+    plain = F.normalize(F.pil_to_tensor(image) / 255, MEAN, STD)
+    found = clip_transform(CLIPOptions(clip_crop_min_scale=1.0, clip_flip=flip), 13, MEAN, STD)(image)["pixel_values"]
+    assert torch.allclose(found, plain.flip(-1) if flip else plain, atol=1e-5)

@@ -1,0 +1,125 @@
+# Copyright 2026 The ViTReg team. All rights reserved.
+# Licensed under the Apache License, Version 2.0.
+"""A step of an objective in two processes of DDP or FSDP is that of one process with the batches of both."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dual_encoders
+import pytest
+import torch
+from reference import VARIANTS, images, tiny_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_vitreg import ViTRegForImageClassification
+from hf_vitreg.objectives.base import Objective
+from hf_vitreg.objectives.supervised import SupervisedObjective
+from hf_vitreg.pretrain_recipe import SupervisedOptions
+
+
+BATCH_SIZE, NUM_LABELS = 8, 11
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from test_objectives_processes import everything
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.save(everything(dist.get_rank(), 2), f"{sys.argv[1]}/{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def objectives() -> dict[str, Objective]:
+    torch.manual_seed(0)
+    plain = tiny_config(classifier_layout="cls_mean", use_mask_token=True)
+    distilled = tiny_config(**VARIANTS["distilled"])
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 21 * 49, NUM_LABELS)).requires_grad_(False)
+    return {
+        "supervised": SupervisedObjective(ViTRegForImageClassification(plain), SupervisedOptions(), 0.75),
+        "distilled": SupervisedObjective(
+            ViTRegForImageClassification(distilled), SupervisedOptions(classification_loss="ce"), teacher=teacher
+        ),
+        "clip": dual_encoders.objective(ema_decay=0.75, vision={"use_mask_token": True}),
+        "siglip": dual_encoders.objective(contrastive_loss="siglip"),
+    }
+
+
+def everything(rank: int, num_processes: int) -> dict[str, torch.Tensor]:
+    """Loss, gradients and weights after a step, of a process with its part of the batch."""
+    found = {}
+    for kind, objective in objectives().items():
+        called = DistributedDataParallel(objective) if num_processes > 1 else objective
+        loss = after_a_step(kind, called, objective, rank, num_processes)
+        found[f"{kind}/loss"] = loss
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                found[f"{kind}/{name}/gradient"] = parameter.grad
+        found |= {f"{kind}/{name}": tensor for name, tensor in objective.state_dict().items()}
+    return found | exported(rank, num_processes)
+
+
+def exported(rank: int, num_processes: int) -> dict[str, torch.Tensor]:
+    """What is published after a step, by two processes with the weights sharded."""
+    found = {}
+    for kind, objective in objectives().items():
+        if num_processes > 1:
+            mesh = init_device_mesh("cpu", (num_processes,))
+            layers = [each for each in objective.modules() if type(each).__name__ in objective._no_split_modules]
+            for part in (*layers, objective):
+                fully_shard(part, mesh=mesh)
+        after_a_step(kind, objective, objective, rank, num_processes)
+        for name, tensor in objective.exportable().state_dict().items():
+            found[f"exported {kind}/{name}"] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def after_a_step(kind: str, called, objective: Objective, rank: int, num_processes: int) -> torch.Tensor:
+    """The loss of this process's part of the batch; the weights have moved."""
+    torch.manual_seed(1)
+    own = slice(rank * BATCH_SIZE // num_processes, (rank + 1) * BATCH_SIZE // num_processes)
+    labelled = {"pixel_values": images(batch_size=BATCH_SIZE), "labels": torch.randint(NUM_LABELS, (BATCH_SIZE,))}
+    whole = dual_encoders.batch() if kind in ("clip", "siglip") else labelled
+    loss, _ = called({name: tensor[own] for name, tensor in whole.items()}, 0)
+    loss.backward()
+    torch.optim.SGD([each for each in objective.parameters() if each.requires_grad], lr=0.1).step()
+    objective.after_step(0)
+    return loss.detach()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+    """Of two processes that torchrun starts."""
+    folder, tests = tmp_path_factory.mktemp("processes"), Path(__file__).parent
+    (folder / "both.py").write_text(SCRIPT)
+    python_path = os.pathsep.join([str(tests), str(tests.parent / "src")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(folder / "both.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_a_step_of_two_processes_is_that_of_one(results):
+    expected = everything(0, 1)
+    kinds = list(objectives())
+    assert {name.split("/")[0] for name in expected} == {*kinds, *(f"exported {kind}" for kind in kinds)}
+    assert results[0].keys() == results[1].keys() == expected.keys()
+    for name, whole in expected.items():
+        first, second = (result[name] for result in results)
+        if not name.endswith("/loss"):
+            assert torch.equal(first, second), name
+        torch.testing.assert_close(
+            (first + second) / 2, whole, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

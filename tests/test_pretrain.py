@@ -190,11 +190,13 @@ def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
 TWO_PROCESSES = """
 import json, sys
 import pretrain, torch
+from accelerate.state import AcceleratorState, GradientState
 
 pretrain.share_cores = lambda: torch.set_num_threads(1)
+pretrain.Accelerator.end_training = lambda self: None  # the processes stay together for the next objective
 for arguments in json.loads(sys.argv[1]):
-    pretrain.AcceleratorState._reset_state(reset_partial_state=False)
-    pretrain.GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
     pretrain.main(arguments)
 """
 # without randomness that belongs to a process, and neighbours of all of them

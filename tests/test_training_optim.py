@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from hf_vitreg import ViTRegConfig, ViTRegForImageClassification
+from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg.objectives.dino import DINOObjective
+from hf_vitreg.pretrain_recipe import DINOOptions, PretrainOptimizerOptions
 from hf_vitreg.recipe import OptimizerOptions
-from hf_vitreg.training.optim import adamw, layer_index, parameter_groups, set_learning_rate
+from hf_vitreg.training.optim import (
+    Schedule,
+    adamw,
+    layer_index,
+    parameter_groups,
+    pretraining_groups,
+    pretraining_optimizer,
+    set_learning_rate,
+)
 
 
 LAYERS = 3
@@ -102,3 +112,98 @@ def test_set_learning_rate_reaches_the_optimizer(model):
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {0.25 * 0.5**power for power in range(LAYERS + 2)}
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def pretraining(**options) -> tuple[DINOObjective, list[dict], dict[str, dict]]:
+    config = ViTRegConfig(
+        hidden_size=14,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        image_size=6,
+        patch_size=2,
+        use_mask_token=True,
+    )
+    sizes = {"num_prototypes": 11, "head_mlp_size": 7, "head_bottleneck_size": 5, "ibot_num_prototypes": 13}
+    objective = DINOObjective(ViTRegModel(config), DINOOptions(separate_ibot_head=True, **sizes), total_steps=10)
+    groups = pretraining_groups(objective, LAYERS, PretrainOptimizerOptions(**options))
+    return objective, groups, {name: group for group in groups for name in group["names"]}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.7])
+def test_pretraining_groups_partition_what_is_trained(layer_decay):
+    objective, groups, _ = pretraining(layer_decay=layer_decay, patch_embed_lr_ratio=0.2)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trained = [id(parameter) for parameter in objective.parameters() if parameter.requires_grad]
+    assert sorted(grouped) == sorted(trained)
+    assert not {id(parameter) for parameter in objective.teacher.parameters()} & set(grouped)
+
+
+def test_pretraining_groups_are_dinov2s():
+    _, _, by_name = pretraining(layer_decay=0.5, patch_embed_lr_ratio=0.2, decay_tokens=True)
+    expected = {  # share of the learning rate, whether it decays
+        "student.backbone.embeddings.register_tokens": (0.5**4, True),
+        "student.backbone.embeddings.mask_token": (0.5**4, True),
+        "student.backbone.embeddings.patch_embeddings.projection.weight": (0.2 * 0.5**4, True),
+        "student.backbone.embeddings.patch_embeddings.projection.bias": (0.2 * 0.5**4, False),
+        "student.backbone.encoder.layer.0.mlp.fc1.weight": (0.5**3, True),
+        "student.backbone.encoder.layer.2.residual1.lambda1": (0.5, False),
+        "student.backbone.layernorm.weight": (1.0, False),
+        "student.head.mlp.0.weight": (1.0, True),
+        "student.ibot_head.mlp.0.bias": (1.0, False),
+    }
+    for name, values in expected.items():
+        assert (by_name[name]["lr_scale"], by_name[name]["decays"]) == pytest.approx(values), name
+    _, _, by_name = pretraining()
+    assert not by_name["student.backbone.embeddings.register_tokens"]["decays"]
+
+
+def test_prototypes_and_backbone_are_held_back_by_their_names():
+    _, _, by_name = pretraining()
+    last = {name for name, group in by_name.items() if group["is_last_layer"]}
+    assert last == {f"student.{head}.last_layer.parametrizations.weight.original1" for head in ("head", "ibot_head")}
+    assert {name for name, group in by_name.items() if not group["is_backbone"]} == {
+        name for name in by_name if "head." in name
+    }
+
+
+def values(objective, schedule: Schedule, optimizer, step: int) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay that a parameter has at a step."""
+    schedule.apply(optimizer, step)
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    return {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_a_schedule_gives_each_group_its_values():
+    options = PretrainOptimizerOptions(
+        learning_rate=0.4,
+        learning_rate_scaling="sqrt",
+        learning_rate_batch_size=64,
+        warmup_ratio=0.5,
+        min_learning_rate=0.01,
+        weight_decay=0.1,
+        weight_decay_end=0.3,
+    )
+    objective, _, _ = pretraining()
+    optimizer = pretraining_optimizer(objective, LAYERS, options)
+    schedule = Schedule(options, 10, batch_size=16, frozen_last_layer_ratio=0.4, head_warmup_ratio=0.2)
+    matrix, bias = "student.backbone.encoder.layer.0.mlp.fc1.weight", "student.backbone.encoder.layer.0.mlp.fc1.bias"
+    prototypes = "student.head.last_layer.parametrizations.weight.original1"
+    first, fourth, sixth = (values(objective, schedule, optimizer, step) for step in (1, 4, 5))
+    assert first[matrix][0] == 0 and first["student.head.mlp.0.weight"][0] > 0
+    assert first[prototypes][0] == 0 and fourth[prototypes][0] == fourth[matrix][0] > 0
+    assert sixth[matrix] == pytest.approx((0.2, 0.2))  # sqrt(16 / 64) of the rate; halfway between the decays
+    assert sixth[bias] == pytest.approx((0.2, 0.0))
+    assert values(objective, schedule, optimizer, 10)[matrix] == pytest.approx((0.01, 0.3))
+
+
+def test_lamb_is_timms():
+    from timm.optim import Lamb
+
+    objective, _, _ = pretraining()
+    options = PretrainOptimizerOptions(optimizer="lamb", adam_beta1=0.8)
+    optimizer = pretraining_optimizer(objective, LAYERS, options)
+    assert isinstance(optimizer, Lamb) and optimizer.param_groups[0]["betas"] == (0.8, 0.999)

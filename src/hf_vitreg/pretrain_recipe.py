@@ -116,7 +116,7 @@ class PretrainModelOptions:
     num_attention_heads: int = 3
     patch_size: int = 4
     image_size: int = 32
-    layerscale_value: float = 1e-5
+    layerscale_value: float = 1.0
     use_swiglu_ffn: bool = False
     position_embedding_type: Literal["cls_patches", "patches", "rope"] = "cls_patches"
     rope_shift: float | None = None

@@ -16,6 +16,7 @@ from conversion.convert import app as convert_app
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.cli import app
 from hf_vitreg.data.transforms import new_image_processor
+from hf_vitreg.pretrain_recipe import PretrainRecipe
 from hf_vitreg.recipe import FinetuneRecipe, parse_recipe
 
 
@@ -55,6 +56,11 @@ def test_its_commands_are_ones_that_there_are(command):
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
         case ["accelerate", "launch", "finetune.py", *flags]:
             parse_recipe(FinetuneRecipe, flags)
+        case ["accelerate", "launch", "pretrain.py", *flags]:
+            parse_recipe(PretrainRecipe, flags)
+        case ["accelerate", "launch", "--config_file", config, "pretrain.py", *flags]:
+            assert (ROOT / config).exists()
+            parse_recipe(PretrainRecipe, flags)
         case ["hf-vitreg", name, *arguments] | ["accelerate", "launch", "-m", "hf_vitreg", name, *arguments]:
             # raises where an option is unknown or its value none
             assert get_command(app).commands[name].make_context(name, arguments)

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from accelerate.utils import tqdm as main_process_tqdm
+from torch.distributed.tensor import DTensor
 
 from hf_vitreg import ViTRegModel
 from hf_vitreg.data.batches import TrainingBatches
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if accelerator.device.type == "cpu":
         share_cores()
     require_sharding_as_asked(accelerator)
+    if is_sharded(accelerator) and not accelerator.is_fsdp2:
+        raise ValueError("pretrain.py shards by FSDP2 alone: set fsdp_version to 2 in the config of accelerate.")
     checkpoints = Checkpoints(output_dir / "checkpoints", accelerator, recipe.save_total_limit)
     check_output_dir(output_dir, recipe, checkpoints)
     CardFacts(name=output_dir.name, license=recipe.license)  # refuses now what no card could state at the end
@@ -204,9 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             if evaluates:
                 measured = method.measure(bare_objective, held_out, how)
                 record(accelerator, log, state.step, **measured)
-                if measured.get(method.best_metric, state.step) > state.best_metric:
-                    state.best_metric = measured.get(method.best_metric, state.step)
-                    state.best_step = state.step
+                # where nothing can be classified the last is the best
+                metric = measured.get(method.best_metric, state.step)
+                if metric > state.best_metric:
+                    state.best_metric, state.best_step = metric, state.step
                     saves = True
             if saves:
                 checkpoints.save(state, recipe, data_state=batches.state())
@@ -216,8 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     batches.close()
 
     # ------------------------------------------------------------------------------------------------------- export
+    if not measured:  # resumed where all steps were done
+        measured = method.measure(bare_objective, held_out, how)
     exported = bare_objective.exportable()
-    state_dict = exported_state_dict(accelerator, objective, exported)
+    state_dict = exported_state_dict(accelerator, exported)
     if accelerator.is_main_process:
         plot_pretraining_curves(
             log.read(), output_dir / "curves.png", title=f"{data.display_name}: {recipe.objective}"
@@ -270,16 +276,13 @@ def out_of_time(recipe: PretrainRecipe, state: RunState, accelerator: Accelerato
     return accelerator.reduce(seconds, reduction="mean").item() >= 60 * recipe.max_train_minutes
 
 
-def exported_state_dict(
-    accelerator: Accelerator, objective: torch.nn.Module, exported: torch.nn.Module
-) -> dict[str, torch.Tensor] | None:
-    """Whole weights of the exported part of a sharded objective; `None` where the part has them itself. Collective."""
+def exported_state_dict(accelerator: Accelerator, exported: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Whole weights of what is exported, where they are sharded; `None` where it has them itself. Collective."""
     if not is_sharded(accelerator):
         return None
-    state_dict = accelerator.get_state_dict(objective)
-    names = (name for name, module in accelerator.unwrap_model(objective).named_modules() if module is exported)
-    prefix = f"{next(names)}."
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    weights = exported.state_dict()
+    whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in weights.items()}
+    return {name: tensor.cpu() for name, tensor in whole.items()}
 
 
 def shown(measured: dict[str, float], metric: str) -> dict[str, str]:

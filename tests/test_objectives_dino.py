@@ -254,7 +254,7 @@ dist.destroy_process_group()
 
 
 def trained_for_two_steps(rank: int, num_processes: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights after two steps of each kind of centering, as DDP trains them; in float64, where rounding is small."""
+    """The weights after two steps of each kind of centering, as DDP trains them, in float64."""
     found = {}
     for centering in ("softmax", "sinkhorn_knopp"):
         trained = objective(centering=centering, separate_ibot_head=True, teacher_momentum=0.5).double()

@@ -313,7 +313,6 @@ def test_what_is_no_number_stops_before_anything_is_saved(tmp_path, monkeypatch)
 
     def broken(self, total_steps):
         objective = forward(self, total_steps)
-        objective.options = None or objective.options
         original = objective._koleo
         objective._koleo = lambda cls: original(cls) * (float("nan") if calls.append(1) or len(calls) == 2 else 1)
         return objective
@@ -330,13 +329,18 @@ def test_a_collapse_stops_the_run_with_the_metrics_name(tmp_path):
         run(tmp_path / "run", on_collapse="stop", min_feature_rank=1.0)
 
 
+def test_a_run_that_is_done_is_written_again(tmp_path):
+    measured = run(tmp_path / "run")
+    assert run(tmp_path / "run", resume_from_checkpoint="latest") == measured
+
+
 def test_a_run_that_has_had_its_time_ends_with_a_model(tmp_path):
     run(tmp_path / "run", max_train_minutes=0)
     assert metrics(tmp_path / "run")[-1]["step"] == 1
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_layers_are_compiled_and_checkpointed(tmp_path):
+def test_gradient_checkpointing_changes_nothing(tmp_path):
     run(tmp_path / "plain", max_steps=2, eval_steps=2)
     run(tmp_path / "checkpointed", "dino", "--gradient_checkpointing", max_steps=2, eval_steps=2)
     plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")

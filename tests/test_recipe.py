@@ -98,7 +98,9 @@ HOUSE = Path(__file__).parents[1] / "recipes"
 
 @pytest.mark.parametrize("path", sorted(set(HOUSE.rglob("*.yaml")) - set(HOUSE.glob("accelerate/*"))), ids=str)
 def test_every_recipe_of_the_house_parses_and_says_how_it_is_run(path):
-    parse_recipe(PretrainRecipe if "pretrain" in str(path.relative_to(HOUSE)) else FinetuneRecipe, ["--config", str(path)])
+    parse_recipe(
+        PretrainRecipe if "pretrain" in str(path.relative_to(HOUSE)) else FinetuneRecipe, ["--config", str(path)]
+    )
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("accelerate launch" in line for line in header)
 

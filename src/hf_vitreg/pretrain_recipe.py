@@ -99,9 +99,9 @@ class PretrainModelOptions:
         rope_jitter: With `rope`: largest factor on each axis.
         rope_rescale: With `rope`: largest factor on both axes; 2 in DINOv3.
         drop_path_rate: Stochastic depth.
-        drop_path_subset: Compute dropped residual branches for the images alone that keep them, as DINOv2 does: a
-            rate of 0.3 then saves nearly 0.3 of the time. Each batch drops as many as the rate says.
-        pack_crops: Global and local crops share the matrix products of a layer.
+        drop_path_subset: With `dino`: compute residual branches for the images alone that keep them, as DINOv2 does;
+            a rate of 0.3 then saves nearly 0.3 of the student's time. Each batch drops as many as the rate says.
+        pack_crops: With `dino`: global and local crops share the matrix products of a layer.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         torch_compile: Compile the layers.
         attn_implementation: Attention of transformers to use, such as `sdpa`, `eager` or `flash_attention_2`.

@@ -3,6 +3,7 @@
 """What each objective needs of data, how its model is measured, and what is written of it."""
 
 import abc
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -166,8 +167,11 @@ class CLIPMethod(Method):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        kept = self.folder / "tokenizer"
         with self.accelerator.main_process_first():
-            self.tokenizer = load_or_train_tokenizer(self.recipe, captions(self.data), self.folder / "tokenizer")
+            if self.accelerator.is_main_process and not self.recipe.resume_from_checkpoint:
+                shutil.rmtree(kept, ignore_errors=True)  # of a run that this one takes the place of
+            self.tokenizer = load_or_train_tokenizer(self.recipe, captions(self.data), kept)
 
     def transform(self) -> Callable:
         return clip_transform(self.recipe, self.recipe.image_size, *self.statistics)

@@ -63,7 +63,7 @@ def check_output_dir(output_dir: Path, recipe, checkpoints: Checkpoints) -> None
 
 def _holds_more_than_logs(output_dir: Path) -> bool:
     """Whether there is anything that a run that failed before its first checkpoint does not leave."""
-    logs = {"metrics.jsonl", "logs", "checkpoints"}
+    logs = {"metrics.jsonl", "logs", "checkpoints", "tokenizer"}
     return output_dir.is_dir() and any(path.name not in logs for path in output_dir.iterdir())
 
 

@@ -4,9 +4,9 @@
 
 Both train DINOv2, each in a process of its own, because peak memory is a process's: `vitreg_steps.py` here and
 `lightly_train_steps.py` in an environment that has lightly-train. Steps alternate; while one trains the other waits.
-Both see the same crops, already in memory, and have the same losses, sizes, stochastic depth and centering. First it is
-checked that parameters are as many and that losses are finite and at the start alike. A step is all from batch to
-batch: masks, teacher, student, losses, backward, clipping, AdamW, schedules, the teacher's update.
+Both see the same crops, already in memory, and have the same losses, sizes, stochastic depth and centering. It is
+checked that parameters are as many, and losses of the first step finite and alike. A step is all from batch to batch:
+masks, teacher, student, losses, backward, clipping, AdamW, schedules, the teacher's update.
 """
 
 import json

@@ -6,12 +6,12 @@ FLOPs and parameters are counted on a model without weights, memory and communic
 from a share of the GPU's peak that is assumed, not measured. `--check` puts the same formulas beside what small models
 take on this machine: the flop counter's operations, and the peak of the tensors of a step.
 
-The global batch is that of the recipe on the fewest GPUs given: on more of them fewer batches are accumulated.
+The global batch is that of the recipe on the fewest GPUs given: on more of them fewer batches are accumulated. Flags
+of `pretrain.py` override the recipe.
 """
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -40,10 +40,11 @@ NODE_SIZE = 8
 
 
 def main() -> None:
-    options = parse_options()
+    options, flags = parse_options()
     if options.check:
         return check()
-    recipe = parse_recipe(PretrainRecipe, ["--config", str(options.config)])
+    # sizes do not depend on where images come from, which recipes of streams leave to the command
+    recipe = parse_recipe(PretrainRecipe, ["--config", str(options.config), "--streaming", "false", *flags])
     with torch.device("meta"):
         sizes = ObjectiveSizes.of(build_objective(recipe, options.num_classes))
     cost = cost_of_sizes(recipe, sizes, max(options.gpus))
@@ -58,8 +59,8 @@ def main() -> None:
     save(
         name,
         torch.device("cpu"),
-        setting=f"on paper: {options.gpu} at {options.mfu:.0%} of its peak, {options.node_bandwidth:g} GB/s a GPU in a "
-        f"machine and {options.network_bandwidth:g} between machines, global batch {global_batch}",
+        setting=f"on paper: {options.gpu} at {options.mfu:.0%} of its peak, {options.node_bandwidth:g} GB/s a GPU in "
+        f"a machine and {options.network_bandwidth:g} between machines, global batch {global_batch}",
         gflops_of_an_image={part: flops / 1e9 for part, flops in cost.flops.items()},
         gflops_recomputed=cost.recomputed_flops / 1e9,
         parameters=cost.parameters,
@@ -70,7 +71,8 @@ def main() -> None:
     return None
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """Options of this command, and what is left for the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="Recipe, such as recipes/pretrain/dinov2_vitl14_reg4.yaml.")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64], help="Numbers of GPUs.")
@@ -82,10 +84,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=IMAGENET_IMAGES, help="Of an epoch.")
     parser.add_argument("--num_classes", type=int, default=1000, help="Of a classifier.")
     parser.add_argument("--check", action="store_true", help="Measure small models here, beside the formulas.")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     if options.config is None and not options.check:
         parser.error("--config names the recipe; --check needs none.")
-    return options
+    return options, flags
 
 
 def known_gpu(name: str) -> str:
@@ -205,7 +207,7 @@ def plot(rows: list[dict], options: argparse.Namespace, path: Path) -> None:
         memory_axes.bar(labels, heights, bottom=floor, label=part)
         floor = [low + height for low, height in zip(floor, heights)]
     memory_axes.set(title="Memory of a GPU", ylabel="GiB")
-    memory_axes.legend(fontsize="small")
+    memory_axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     positions = range(len(rows))
     for shift, (part, label) in enumerate((("compute_seconds", "computation"), ("communication_seconds", "sending"))):
         time_axes.bar([p + 0.4 * shift - 0.2 for p in positions], [row[part] for row in rows], width=0.4, label=label)

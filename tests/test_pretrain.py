@@ -324,6 +324,36 @@ def test_what_is_no_number_stops_before_anything_is_saved(tmp_path, monkeypatch)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+VARIANTS = {
+    "Gram": ("dino", {"gram_weight": 1.0, "gram_start_ratio": 0.5, "gram_crop_size": "[32]"}),
+    "sizes": ("dino", {"global_crop_size": "[16,24]", "local_crop_size": "[8,12]"}),
+    "DINOv3": ("dino", {"position_embedding_type": "rope", "rope_rescale": 2.0, "separate_ibot_head": "true"}),
+    "Sinkhorn": ("dino", {"centering": "sinkhorn_knopp", "pack_crops": "true", "legacy_blur_probability": "true"}),
+    "no masks": ("dino", {"ibot_weight": 0.0, "num_register_tokens": 0, "weight_decay_end": 0.2}),
+    "LAMB": ("supervised", {"optimizer": "lamb", "num_repeated_augmentations": 2, "train_crop": "simple_random_crop"}),
+    "cross entropy": ("supervised", {"classification_loss": "ce", "label_smoothing": 0.1, "ema_decay": 0.0}),
+    "SigLIP": ("clip", {"contrastive_loss": "siglip", "ema_decay": 0.9}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_flags_of_each_objective_train(tmp_path, variant):
+    objective, flags = VARIANTS[variant]
+    run(tmp_path / "run", objective, max_steps=2, eval_steps=2, **flags)
+    trained = [line for line in metrics(tmp_path / "run") if "train_loss" in line]
+    assert len(trained) == 2 and ("gram_loss" in trained[-1]) == (variant == "Gram")
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_classifier_is_distilled(tmp_path, kind):
+    run(tmp_path / "teacher", "supervised", max_steps=1)
+    flags = {"distillation_teacher": tmp_path / "teacher", "distillation": kind, "max_steps": 1}
+    run(tmp_path / "run", "supervised", **flags)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.classifier_layout == "cls_distillation"
+    assert "distillation_loss" in metrics(tmp_path / "run")[-2]
+
+
 def test_a_collapse_stops_the_run_with_the_metrics_name(tmp_path):
     with pytest.raises(TrainingCollapsed, match="feature_rank"):
         run(tmp_path / "run", on_collapse="stop", min_feature_rank=1.0)
@@ -365,7 +395,7 @@ def test_fsdp_that_was_asked_for_and_is_not_active_is_an_error(tmp_path, monkeyp
     ("flags", "named"),
     [
         ({"global_crop_size": "[18]"}, "patch"),
-        ({"objective": "clip"}, "caption_template"),
+        ({"objective": "clip", "caption_template": "no place"}, "caption_template"),
         ({"train_dir": "nowhere"}, "nowhere"),
         ({"per_device_train_batch_size": 500, "max_steps": ""}, "max_steps"),
         ({"num_prototypes": 0}, "num_prototypes"),

@@ -22,7 +22,8 @@ OUTPUT=$2
 shift 2
 CONFIG=${CONFIG:-recipes/accelerate/multi_node.yaml}
 GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# no pipe to head: it would end scontrol with a signal, and pipefail the script
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 RESUME=()
@@ -36,7 +37,7 @@ trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 printf -v TRAIN '%q ' pretrain.py --config "$RECIPE" --output_dir "$OUTPUT" ${RESUME[@]+"${RESUME[@]}"} "$@"
 # one launcher a machine, which knows its rank and starts a process for each GPU
 LAUNCH="accelerate launch --config_file $CONFIG --num_machines $SLURM_NNODES \
-    --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) --main_process_ip $HEAD_NODE --main_process_port $PORT \
+    --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) --main_process_ip ${NODES[0]} --main_process_port $PORT \
     --machine_rank \$SLURM_NODEID"
 # in the background, since a signal ends a wait, and the trap runs, but does not end srun
 srun --kill-on-bad-exit=1 bash -c "$LAUNCH $TRAIN" &

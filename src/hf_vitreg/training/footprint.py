@@ -61,37 +61,28 @@ def _num_tokens(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> list[float]:
 def _activations(recipe: PretrainRecipe, sizes: ObjectiveSizes, half: bool) -> float:
     """What layers keep for the backward pass."""
     num_tokens = _num_tokens(recipe, sizes)
+    shares = [1.0] * len(num_tokens)
     if recipe.objective == "dino":
-        num_kept = sum(
-            tokens * kept_share(recipe, num_crops)
-            for tokens, num_crops in zip(num_tokens, (NUM_GLOBAL_CROPS, recipe.num_local_crops))
-        )
-    else:
-        num_kept = sum(num_tokens)
-    kept = _kept_by_stack(sizes.vision, sum(num_tokens), num_kept, recipe.gradient_checkpointing, half)
+        shares = [kept_share(recipe, num_crops) for num_crops in (NUM_GLOBAL_CROPS, recipe.num_local_crops)]
+    num_kept = sum(tokens * share for tokens, share in zip(num_tokens, shares))
+    of_layer = num_kept * _kept_by_layer(sizes.vision, half, adds_to_rows=min(shares) < 1)
+    kept = of_layer * sizes.vision.num_layers
+    if recipe.gradient_checkpointing:
+        kept = of_layer + sum(num_tokens) * sizes.vision.num_layers * sizes.vision.hidden_size * FLOAT32
     if sizes.text is not None:
-        of_texts = recipe.per_device_train_batch_size * recipe.text_max_length
-        kept += _kept_by_stack(sizes.text, of_texts, of_texts, False, half)
+        num_of_text = recipe.per_device_train_batch_size * recipe.text_max_length
+        kept += num_of_text * _kept_by_layer(sizes.text, half) * sizes.text.num_layers
     return kept
 
 
-def _kept_by_stack(
-    stack: Transformer, num_tokens: float, num_kept: float, gradient_checkpointing: bool, half: bool
-) -> float:
-    """Of `num_tokens`, of which `num_kept` are not dropped by stochastic depth."""
-    of_layer = num_kept * _kept_by_layer(stack, half)
-    if gradient_checkpointing:
-        return stack.num_layers * num_tokens * stack.hidden_size * FLOAT32 + of_layer
-    return stack.num_layers * of_layer
-
-
-def _kept_by_layer(stack: Transformer, half: bool) -> float:
+def _kept_by_layer(stack: Transformer, half: bool, adds_to_rows: bool = False) -> float:
     """Bytes of a token. In units of the width: what both norms read (2, always float32); normed tokens, which queries,
     keys and values copy under autocast each for itself (2, or 4); queries, keys, values and what was attended (4);
-    both branches for the gradient of LayerScale (2); in units of the MLP's, before and after GELU, or SwiGLU's four.
+    both branches for the gradient of LayerScale (2), and again where they are added to some of the images (2); in
+    units of the MLP's, before and after GELU, or SwiGLU's four.
     """
     num_of_mlp = 2 if stack.mlp_products == 2 else 4
-    num_of_width = (4 if half else 2) + 4 + (2 if stack.has_layerscale else 0)
+    num_of_width = (4 if half else 2) + 4 + 2 * (stack.has_layerscale + adds_to_rows)
     size = HALF if half else FLOAT32
     return 2 * FLOAT32 * stack.hidden_size + size * (num_of_width * stack.hidden_size + num_of_mlp * stack.mlp_size)
 

@@ -240,6 +240,52 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+SHARDED = """
+import sys
+import pretrain, torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+def sharded(**settings):
+    # Accelerate shards on GPUs alone, though torch can do so on CPUs: it has to be told twice
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, **settings)
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+pretrain.share_cores = lambda: torch.set_num_threads(1)
+pretrain.Accelerator = sharded
+pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sharded_weights_train_as_whole_ones_and_go_on(tmp_path, objective):
+    """FSDP2 on two processes against one with the same global batch; then again from the middle."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    shared = ["--config", recipe(objective), "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "5"]
+    shared += ["--learning_rate", "1e-4", "--adam_epsilon", "1e-3", "--peak_tflops", "1", *SAME_EVERYWHERE[objective]]
+    folder = ["--output_dir", str(tmp_path / "sharded"), "--per_device_train_batch_size", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for resuming in ([], ["--resume_from_checkpoint", str(tmp_path / "sharded" / "checkpoints" / "step-00000002")]):
+        command = [*torchrun, str(tmp_path / "sharded.py"), *shared, *folder, *resuming]
+        done = subprocess.run(command, env=client_environment(tmp_path), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        pretrain.main([*shared, "--output_dir", str(tmp_path / "whole"), "--overwrite_output_dir"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        whole, sharded = weights(tmp_path / "whole"), weights(tmp_path / "sharded")
+        for name, tensor in whole.items():
+            torch.testing.assert_close(sharded[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def shards(tmp_path):
     """Three tar files of images with captions."""

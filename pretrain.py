@@ -12,7 +12,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 
@@ -21,17 +22,17 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_to_device, set_seed
 from accelerate.utils import tqdm as main_process_tqdm
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_vitreg import ViTRegModel
 from hf_vitreg.data.batches import TrainingBatches
 from hf_vitreg.data.datasets import data_name
 from hf_vitreg.data.orders import MappedOrder, Order, StreamOrder
-from hf_vitreg.data.pretraining_data import PretrainingData, load_knn_data, load_pretraining_data
-from hf_vitreg.data.transforms import EvalTransform
-from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores
+from hf_vitreg.data.pretraining_data import KNNData, PretrainingData, load_knn_data, load_pretraining_data
+from hf_vitreg.data.transforms import EvalTransform, input_size
+from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores, whole
 from hf_vitreg.evaluation.monitoring import Measuring
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish
@@ -40,7 +41,7 @@ from hf_vitreg.modeling_vitreg import ViTRegLayer
 from hf_vitreg.objectives.base import Objective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
 from hf_vitreg.pretraining.methods import METHODS
-from hf_vitreg.pretraining.models import image_processor
+from hf_vitreg.pretraining.models import image_processor, require_whole_patches
 from hf_vitreg.recipe import parse_recipe, recipe_yaml
 from hf_vitreg.training.checkpoint import Checkpoints, RunState
 from hf_vitreg.training.collapse import CollapseWatch
@@ -73,12 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         log_with=available_trackers(recipe.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        # one process prepares the data of all, which may take longer than the usual ten minutes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if accelerator.device.type == "cpu":
         share_cores()
     require_sharding_as_asked(accelerator)
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise ValueError("pretrain.py shards by FSDP2 alone: set fsdp_version to 2 in the config of accelerate.")
+    keep_sums_in_float32(accelerator)
     checkpoints = Checkpoints(output_dir / "checkpoints", accelerator, recipe.save_total_limit)
     check_output_dir(output_dir, recipe, checkpoints)
     CardFacts(name=output_dir.name, license=recipe.license)  # refuses now what no card could state at the end
@@ -94,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         data = load_pretraining_data(recipe, method_class.wants, recipe.seed)
         held_out = load_knn_data(recipe, data, recipe.seed)
     processor = image_processor(recipe)
+    recipe = dataclasses.replace(recipe, image_size=input_size(processor)[0])
     method = method_class(recipe, data, processor, accelerator, output_dir)
     how = Measuring(
         transform=EvalTransform(processor), accelerator=accelerator, batch_size=recipe.per_device_eval_batch_size
@@ -110,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     # -------------------------------------------------------------------------------------------------------- model
     objective = method.objective(total_steps)
-    cost = training_cost(recipe, objective)
+    require_whole_patches(recipe, objective.features().config)
+    cost = training_cost(recipe, objective, accelerator.num_processes)
     if recipe.gradient_checkpointing:
         for backbone in (module for module in objective.modules() if isinstance(module, ViTRegModel)):
             backbone.activation_checkpointing_enable()
@@ -130,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         training_order(data, recipe, accelerator),
         method.transform(),
         method.collate(),
-        method.finish(bare_objective),
+        on_device(method.finish(bare_objective), accelerator.device),
         recipe.per_device_train_batch_size,
         recipe.seed,
         recipe.dataloader_num_workers,
@@ -143,9 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if resumes:
         state, data_state = checkpoints.load(checkpoints.find(recipe.resume_from_checkpoint), recipe)
         batches.load_state(data_state)
+        if state.steps_per_epoch != steps_per_epoch:
+            raise ValueError(
+                f"The run had {state.steps_per_epoch} steps an epoch and would have {steps_per_epoch} now: resume it "
+                "with the same data."
+            )
         accelerator.print(f"Resumed at step {state.step} of {total_steps}.")
     if accelerator.is_main_process:
-        log.rewind(state.step)
+        log.rewind(state.step if resumes else -1)
         checkpoints.rewind(state.step)
     accelerator.init_trackers("pretrain", config=tracked(recipe))
     eval_steps = recipe.eval_steps or max(1, total_steps // 10)
@@ -169,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         torch.manual_seed(derived_seed(recipe.seed, batches.num_batches, accelerator.process_index))
         schedule.apply(optimizer, state.step)
         with accelerator.accumulate(objective):
-            loss, metrics = objective(send_to_device(batch, accelerator.device, non_blocking=True), state.step)
+            loss, metrics = objective(batch, state.step)
             accelerator.backward(loss)
             if accelerator.sync_gradients and recipe.max_grad_norm:
                 clip_gradients(accelerator, bare_objective, recipe.max_grad_norm)
@@ -199,21 +210,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
                 **means,
                 **throughput.read(),
                 learning_rate=schedule.learning_rate(state.step - 1),
-                bad_images=batches.num_bad,
+                bad_images=over_processes(accelerator, batches.num_bad),
             )
-            for warning in watch.check(means, state.step):
-                accelerator.print(f"Warning: {warning}")
-        with throughput.paused():
-            if evaluates:
-                measured = method.measure(bare_objective, held_out, how)
-                record(accelerator, log, state.step, **measured)
-                # where nothing can be classified the last is the best
-                metric = measured.get(method.best_metric, state.step)
-                if metric > state.best_metric:
-                    state.best_metric, state.best_step = metric, state.step
-                    saves = True
-            if saves:
-                checkpoints.save(state, recipe, data_state=batches.state())
+            warn(accelerator, watch.check(means, state.step))
+        if evaluates or saves:
+            with throughput.paused():
+                if evaluates:
+                    measured = method.measure(bare_objective, held_out, how)
+                    record(accelerator, log, state.step, **measured)
+                    warn(accelerator, watch.check(measured, state.step))
+                    # where nothing can be classified the last is the best
+                    metric = measured.get(method.best_metric, state.step)
+                    if metric > state.best_metric:
+                        state.best_metric, state.best_step = metric, state.step
+                        saves = True
+                if saves:
+                    checkpoints.save(state, recipe, data_state=batches.state())
         if is_last:
             break
     progress.close()
@@ -222,18 +234,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------------------------------------------------- export
     if not measured:  # resumed where all steps were done
         measured = method.measure(bare_objective, held_out, how)
+    num_bad = over_processes(accelerator, batches.num_bad)
     exported = bare_objective.exportable()
     state_dict = exported_state_dict(accelerator, exported)
     if accelerator.is_main_process:
         plot_pretraining_curves(
             log.read(), output_dir / "curves.png", title=f"{data.display_name}: {recipe.objective}"
         )
-        facts = card_facts(recipe, data, measured, state, arguments, accelerator)
+        facts = card_facts(recipe, data, held_out, measured, state, arguments, accelerator)
         files = {"recipe.yaml": recipe_yaml(recipe)}
         method.write(output_dir, exported, facts, files, state_dict)
         console.print(f"[bold]{output_dir}[/bold]: {summary(measured)}")
-        if batches.num_bad:
-            console.print(f"{batches.num_bad} images of this process could not be read; others took their place.")
+        if num_bad:
+            console.print(f"{num_bad} images could not be read; others took their place.")
         if recipe.push_to_hub:
             console.print("Published:", publish(output_dir, recipe.hub_model_id, private=recipe.hub_private))
     accelerator.end_training()
@@ -252,12 +265,29 @@ def training_order(data: PretrainingData, recipe: PretrainRecipe, accelerator: A
     return MappedOrder(data.dataset, recipe.seed, recipe.per_device_train_batch_size, *processes, repetitions)
 
 
+def on_device(finish: Callable[[dict, int], dict], device: torch.device) -> Callable[[dict, int], dict]:
+    """What is left to do to a batch is done where it is trained on."""
+
+    def finished(batch: dict, number: int) -> dict:
+        return send_to_device(finish(send_to_device(batch, device, non_blocking=True), number), device)
+
+    return finished
+
+
 def run_peak_flops(recipe: PretrainRecipe, accelerator: Accelerator) -> float | None:
     """Operations a second of one device at best: what the recipe says, or what is known or measured."""
     if recipe.peak_tflops is not None:
         return recipe.peak_tflops * 1e12
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return peak_flops(accelerator.device, dtype)
+
+
+def keep_sums_in_float32(accelerator: Accelerator) -> None:
+    """Accelerate's FSDP2 would give losses, masks' weights and the sums of gradients over processes in bfloat16."""
+    if is_sharded(accelerator) and accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
 
 
 def clip_gradients(accelerator: Accelerator, objective: Objective, max_norm: float) -> None:
@@ -276,13 +306,22 @@ def out_of_time(recipe: PretrainRecipe, state: RunState, accelerator: Accelerato
     return accelerator.reduce(seconds, reduction="mean").item() >= 60 * recipe.max_train_minutes
 
 
+def over_processes(accelerator: Accelerator, number: int) -> int:
+    """The sum of what each process has. Collective."""
+    return accelerator.reduce(torch.tensor(number, device=accelerator.device), reduction="sum").item()
+
+
+def warn(accelerator: Accelerator, messages: Sequence[str]) -> None:
+    """Once, whatever the number of processes."""
+    for message in messages:
+        accelerator.print(f"Warning: {message}")
+
+
 def exported_state_dict(accelerator: Accelerator, exported: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     """Whole weights of what is exported, where they are sharded; `None` where it has them itself. Collective."""
     if not is_sharded(accelerator):
         return None
-    weights = exported.state_dict()
-    whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in weights.items()}
-    return {name: tensor.cpu() for name, tensor in whole.items()}
+    return {name: whole(tensor).cpu() for name, tensor in exported.state_dict().items()}
 
 
 def shown(measured: dict[str, float], metric: str) -> dict[str, str]:
@@ -298,6 +337,7 @@ def summary(measured: dict[str, float]) -> str:
 def card_facts(
     recipe: PretrainRecipe,
     data: PretrainingData,
+    held_out: KNNData,
     measured: dict[str, float],
     state: RunState,
     arguments: Sequence[str] | None,
@@ -314,13 +354,16 @@ def card_facts(
         dataset_name=data.display_name,
         dataset_type=data.builder,
         num_train_images=data.num_images,
-        metrics=measured,
+        num_validation_images=len(held_out.validation),
+        metrics={name: value for name, value in measured.items() if name.endswith("accuracy")},
         recipe=dataclasses.asdict(recipe),
         command=f"accelerate launch pretrain.py {flags}".strip(),
         machine=describe_machine(accelerator.device),
         seconds=state.seconds,
         curves="curves.png",
-        notes=f"These are the weights of step {state.step}, the last of the run.",
+        notes=f"These are the weights of step {state.step}, the last of the run: the teacher's in self-supervision, "
+        "those of the moving average where there is one. Measured of them, norms being those of patches at the output "
+        f"of the last layer: {summary(measured)}.",
     )
 
 

@@ -59,7 +59,9 @@ class Trainer:
 
 
 def main(
-    python: Annotated[str, typer.Option(help="Python of an environment with lightly-train.")] = "",
+    python: Annotated[
+        str, typer.Option(envvar="LIGHTLY_TRAIN_PYTHON", help="Python of an environment with lightly-train 0.18.")
+    ] = "",
     against: Annotated[str, typer.Option(help="lightly-train, or nothing: hf_vitreg alone.")] = PEER,
     size: Annotated[str, typer.Option(help=f"Of the ViT, one of {', '.join(SIZES)}.")] = "small",
     batch_size: int = 8,
@@ -79,6 +81,11 @@ def main(
     mfu: Annotated[bool, typer.Option(help="State model FLOPs utilisation, of the device's peak.")] = False,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ):
+    if against and not Path(python).is_file():
+        raise typer.BadParameter(
+            f"--python must be that of an environment with {PEER}, got {python!r}. Make one: python -m venv PEER && "
+            f"PEER/bin/pip install {PEER}==0.18.*. Or set --against '' to measure ours alone."
+        )
     setting = dict(
         **SIZES[size],
         device=device,

@@ -115,7 +115,7 @@ def test_planted_artifacts_are_counted(how, batch_size):
     assert born["outlier_share"] == pytest.approx(num_constant / (11 * 24))
     before = measure_features(planted_encoder(1.0).model, mapped(images), None, measuring)
     assert before["outlier_share"] < 0.02 and born["max_norm_ratio"] > 3 * before["max_norm_ratio"]
-    assert born.keys() == {"outlier_share", "max_norm_ratio", "median_norm"}
+    assert born.keys() == {"outlier_share", "max_norm_ratio", "median_norm", "feature_rank"}
 
 
 def test_registers_are_no_patches(how):

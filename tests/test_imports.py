@@ -23,7 +23,6 @@ METHOD = {
     "objectives.heads",
     "objectives.losses",
     "objectives.packing",
-    "objectives.rank",
     "training.schedules",
     "distributed",
 }
@@ -52,8 +51,8 @@ ALLOWED = {
     "objectives.losses": {"recipe", "distributed"},
     "objectives.heads": {"distributed"},
     "objectives.text_towers": {"pretrain_recipe"},
-    "objectives.packing": MODEL,
-    "objectives.rank": set(),
+    "objectives.packing": {*MODEL, "objectives.recomputed"},
+    "objectives.recomputed": MODEL,
     "objectives.base": {*MODEL, "distributed"},
     "objectives.dino": METHOD,
     "objectives.supervised": METHOD,

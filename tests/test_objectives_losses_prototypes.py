@@ -12,6 +12,7 @@ from original_outputs import assert_close, load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_vitreg.objectives.losses import prototypes as prototypes_module
 from hf_vitreg.objectives.losses.prototypes import Assignment, crop_pair_weights, dino_loss, ibot_loss
 from hf_vitreg.objectives.losses.targets import sinkhorn_knopp
 
@@ -244,6 +245,19 @@ class LargestTensor(TorchDispatchMode):
             if torch.is_tensor(tensor):
                 self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
         return result
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "sizes"), [(13, [7, 6]), (16, [8, 8]), (7, [7]), (8, [8]), (17, [6, 6, 5]), (0, [])]
+)
+def test_chunks_are_as_few_as_fit_and_alike(num_rows, sizes, monkeypatch):
+    seen, plain = [], prototypes_module.log_probabilities
+    monkeypatch.setattr(
+        prototypes_module, "log_probabilities", lambda rows, *rest: seen.append(len(rows)) or plain(rows, *rest)
+    )
+    rows = Assignment(torch.randn(num_rows, 3), torch.randn(5, 3), 0.3)
+    ibot_loss(rows, rows, torch.ones(num_rows), 1, chunk_rows=3 * 8 + 2)
+    assert seen[::2] == seen[1::2] == sizes  # teacher and student
 
 
 @pytest.mark.parametrize("loss_name", ["chunked", "plain", "sinkhorn"])

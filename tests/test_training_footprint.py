@@ -9,7 +9,7 @@ import torch
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.objectives.dino import DINOObjective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
-from hf_vitreg.training.cost import ObjectiveSizes, Transformer
+from hf_vitreg.training.cost import ObjectiveSizes, Transformer, num_masked_patches
 from hf_vitreg.training.footprint import device_memory, step_communication
 
 
@@ -49,7 +49,9 @@ def kept_bytes(objective: DINOObjective, recipe: PretrainRecipe) -> int:
 
     crops = [torch.randn(number, 5, 3, size, size) for number, size in ((2, 44), (recipe.num_local_crops, 20))]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective._student_tokens(*crops, torch.zeros(10, 121, dtype=torch.bool))
+        masked = torch.arange(round(5 * num_masked_patches(recipe, ObjectiveSizes.of(objective))))
+        masks = torch.zeros(10, 121, dtype=torch.bool)
+        objective._student_tokens(*crops, masks, masked, all_patches=bool(recipe.gram_weight))
     for parameter in objective.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(kept.values())
@@ -57,7 +59,14 @@ def kept_bytes(objective: DINOObjective, recipe: PretrainRecipe) -> int:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_swiglu_ffn": True}, {"drop_path_rate": 0.4}, {"drop_path_rate": 0.4, "drop_path_subset": False}],
+    [
+        {},
+        {"use_swiglu_ffn": True},
+        {"drop_path_rate": 0.4},
+        {"drop_path_rate": 0.4, "drop_path_subset": False},
+        {"pack_crops": True, "drop_path_rate": 0.4},
+        {"gram_weight": 1.0},
+    ],
     ids=str,
 )
 def test_activations_are_what_autograd_keeps(changes):
@@ -73,7 +82,7 @@ def test_activations_are_what_autograd_keeps(changes):
         use_swiglu_ffn=recipe.use_swiglu_ffn,
         drop_path_rate=recipe.drop_path_rate,
     )
-    objective = DINOObjective(ViTRegModel(config), recipe, 10, recipe.drop_path_subset)
+    objective = DINOObjective(ViTRegModel(config), recipe, 10, recipe.drop_path_subset, recipe.pack_crops)
     on_paper = device_memory(recipe, ObjectiveSizes.of(objective), 1, half=False)["activations"]
     # the final norm, and a number a token and head of the attention, are left out
     assert on_paper == pytest.approx(kept_bytes(objective, recipe), rel=0.06)
@@ -96,12 +105,11 @@ def test_ddp_holds_all_of_it_and_its_buckets():
 
 
 def test_checkpointing_keeps_what_enters_the_layers_and_one_layer():
-    whole, checkpointed = (
-        device_memory(dataclasses.replace(RECIPE, gradient_checkpointing=switch), SIZES, 1, half=False)["activations"]
-        for switch in (False, True)
-    )
+    recipe = dataclasses.replace(RECIPE, gradient_checkpointing=True)
+    checkpointed = device_memory(recipe, SIZES, 1, half=False)["activations"]
     num_tokens = 5 * (2 * (5 + 121) + 4 * (5 + 25))
-    assert checkpointed == whole / 5 + 5 * num_tokens * 48 * 4
+    # a layer keeps six of the width and one of the MLP's
+    assert checkpointed == num_tokens * 4 * (6 * 48 + 192) + 5 * num_tokens * 48 * 4
 
 
 def test_ddp_sends_each_gradient_around_the_ring():

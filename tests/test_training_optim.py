@@ -1,5 +1,7 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
+import copy
+
 import pytest
 import torch
 
@@ -207,3 +209,38 @@ def test_lamb_is_timms():
     options = PretrainOptimizerOptions(optimizer="lamb", adam_beta1=0.8)
     optimizer = pretraining_optimizer(objective, LAYERS, options)
     assert isinstance(optimizer, Lamb) and optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_an_update_is_adamws_and_goes_on_where_it_was(weight_decay):
+    options = PretrainOptimizerOptions(weight_decay=weight_decay, adam_beta2=0.95, adam_epsilon=1e-6)
+    settings = {"lr": options.learning_rate, "betas": (0.9, 0.95), "eps": 1e-6}
+
+    def step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    def start() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        linear = torch.nn.Linear(7, 11)
+        return list(linear.parameters()), pretraining_optimizer(linear, LAYERS, options)
+
+    ours, optimizer = start()
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    groups = [{"params": [one], "weight_decay": weight_decay * decays} for one, decays in zip(theirs, (True, False))]
+    plain = torch.optim.AdamW(groups, **settings, foreach=False)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay * group["decays"]
+    step(ours, optimizer, 0)
+    resumed, again = start()
+    for parameter, value in zip(resumed, ours):
+        parameter.data.copy_(value.data)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for number in (1, 2):
+        step(ours, optimizer, number)
+        step(resumed, again, number)
+    for number in range(3):
+        step(theirs, plain, number)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert all(map(torch.equal, ours, resumed))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch.distributed.tensor import DTensor
 
 
 def derived_seed(*keys: int) -> int:
@@ -34,6 +35,11 @@ def share_cores() -> None:
     """Gives each process on this machine its share of the cores. `accelerate launch` leaves it one on a CPU."""
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(torch.get_num_threads(), num_cores() // num_local_processes))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor that may be sharded. Collective where it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -91,9 +91,14 @@ class PretrainModelOptions:
         num_hidden_layers: Depth of a new model.
         num_attention_heads: Attention heads of a new model.
         patch_size: Patch size of a new model, in pixels.
-        image_size: Height and width of what the exported model is to see, in pixels.
+        image_size: Height and width of what the exported model is to see, in pixels. Default: the checkpoint's, or 32.
+        initializer_range: Standard deviation of a new model's weights. Narrow models learn faster from about 1 /
+            sqrt(hidden_size) than from the 0.02 of wide ones.
         layerscale_value: LayerScale of a new model at the start; 0 leaves it out. DINOv2: 1e-5, DeiT-III: 1e-4.
         use_swiglu_ffn: SwiGLU in place of GELU in a new model, as in DINOv2 L and g.
+        use_pre_layernorm: A norm before the first layer of a new model, as in CLIP.
+        patch_bias: A bias in the patch embedding of a new model; CLIP has none.
+        pixel_statistics: Mean and deviation that a new model's pixels are normalized with, ImageNet's or CLIP's.
         position_embedding_type: Learned positions with one for CLS (DINOv2), without (DeiT-III), or rotary (DINOv3).
         rope_shift: With `rope`: largest shift of the coordinates in training.
         rope_jitter: With `rope`: largest factor on each axis.
@@ -115,9 +120,13 @@ class PretrainModelOptions:
     num_hidden_layers: int = 4
     num_attention_heads: int = 3
     patch_size: int = 4
-    image_size: int = 32
+    image_size: int | None = None
+    initializer_range: float = 0.02
     layerscale_value: float = 1.0
     use_swiglu_ffn: bool = False
+    use_pre_layernorm: bool = False
+    patch_bias: bool = True
+    pixel_statistics: Literal["imagenet", "clip"] = "imagenet"
     position_embedding_type: Literal["cls_patches", "patches", "rope"] = "cls_patches"
     rope_shift: float | None = None
     rope_jitter: float | None = None
@@ -138,6 +147,7 @@ class CropOptions:
         global_crop_size: Height and width of the global crops, in pixels. Several are drawn from, one a step, as in
             DINOv3's high-resolution stage.
         local_crop_size: Of the local crops; as many as global ones, and drawn with them.
+        crop_size_weights: How often each of these sizes is drawn, against the others. Default: all alike.
         num_local_crops: Local crops an image.
         global_crop_scale: Smallest and largest share of the image in a global crop.
         local_crop_scale: Smallest and largest share in a local crop.
@@ -153,6 +163,7 @@ class CropOptions:
 
     global_crop_size: list[int] = dataclasses.field(default_factory=lambda: [32])
     local_crop_size: list[int] = dataclasses.field(default_factory=lambda: [16])
+    crop_size_weights: list[float] = dataclasses.field(default_factory=list)
     num_local_crops: int = 8
     global_crop_scale: list[float] = dataclasses.field(default_factory=lambda: [0.32, 1.0])
     local_crop_scale: list[float] = dataclasses.field(default_factory=lambda: [0.05, 0.32])
@@ -376,7 +387,7 @@ class MonitorOptions:
             of the run.
         logging_steps: Steps between log lines.
         on_collapse: `warn` says which metric shows a collapse, `stop` ends the run there, `ignore` says nothing.
-        min_feature_rank: Collapse is an effective rank of a batch's CLS below this share of what it could be.
+        min_feature_rank: Collapse is an effective rank of the measured CLS below this share of what it could be.
         min_target_entropy: Collapse is an entropy of the teacher's mean output below this share of the largest.
         max_teacher_entropy: Collapse is a mean entropy of the teacher's outputs above this share of the largest.
         report_to: Trackers of Accelerate, such as `tensorboard`, `wandb` or `trackio`, separated by commas.
@@ -478,6 +489,7 @@ AT_LEAST_ZERO = [
     "dataloader_num_workers",
     "num_register_tokens",
     "register_init_std",
+    "initializer_range",
     "layerscale_value",
     "rope_shift",
     "num_local_crops",
@@ -503,10 +515,6 @@ AT_LEAST_ZERO = [
     "max_grad_norm",
     "max_train_minutes",
     "peak_tflops",
-    "distillation_temperature",
-    "student_temperature",
-    "teacher_temperature",
-    "teacher_temperature_start",
 ]
 SHARES = [
     "drop_path_rate",
@@ -565,6 +573,10 @@ class PretrainRecipe(
             require(self, name, minimum=0, maximum=1)
         for name in ("rope_jitter", "rope_rescale"):
             require(self, name, minimum=1)
+        for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
+            require(self, name, minimum=1e-6)
+        require(self, "distillation_temperature", minimum=1e-6)
+        require(self, "rand_augment_magnitude", minimum=0, maximum=30)
         self._require_sources()
         self._require_crops()
         if self.objective == "supervised" and self.classification_loss == "bce" and self.label_smoothing:
@@ -599,6 +611,11 @@ class PretrainRecipe(
             raise ValueError(
                 f"--global_crop_size and --local_crop_size must be as many, got {self.global_crop_size} and "
                 f"{self.local_crop_size}."
+            )
+        if self.crop_size_weights and len(self.crop_size_weights) != len(self.global_crop_size):
+            raise ValueError(
+                f"--crop_size_weights must be as many as --global_crop_size or none, got {self.crop_size_weights} and "
+                f"{self.global_crop_size}."
             )
         if self.gram_crop_size and len(self.gram_crop_size) != len(self.global_crop_size):
             raise ValueError(

@@ -4,6 +4,7 @@
 
 import dataclasses
 import math
+import random
 from collections.abc import Sequence
 
 import PIL.Image
@@ -164,7 +165,8 @@ class CropFinish:
             number: Batches that this process had before.
         """
         size_seed, mask_seed = derived_seed(self.seed, number, 0), derived_seed(self.seed, number, 1)
-        choice = size_seed % len(self.options.global_crop_size)
+        numbers = range(len(self.options.global_crop_size))
+        [choice] = random.Random(size_seed).choices(numbers, self.options.crop_size_weights or None)
         sized = {name: _resize(batch[name], sizes[choice]) for name, sizes in self.sizes.items() if name in batch}
         batch = {**batch, **sized}
         if self.options.ibot_weight and self.options.mask_probability:

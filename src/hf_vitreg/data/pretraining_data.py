@@ -223,9 +223,18 @@ def _hub_validation(options: PretrainDataOptions, seed: int) -> datasets.Dataset
         logger.warning("Nothing is measured on held-out images. %s", message)
         return None
     table = open_table(name, name, options.streaming, name=options.dataset_config_name, split=split)
-    wants = "labels" if has_labels(table, options) else "images"
-    images = wanted_columns(table, options, wants, f"{name} {split}")
+    images = _with_labels_if_they_are_classes(table, options, f"{name} {split}")
     return _some_images(images, options.knn_train_samples + options.knn_eval_samples, options, seed)
+
+
+def _with_labels_if_they_are_classes(table: Table, options: PretrainDataOptions, source: str) -> Table:
+    """Integers of a stream are classes only where it says so; without labels norms can be measured all the same."""
+    if has_labels(table, options):
+        try:
+            return wanted_columns(table, options, "labels", source)
+        except ValueError as error:
+            logger.warning("No nearest neighbours are measured: %s", error)
+    return wanted_columns(table, options, "images", source)
 
 
 def _some_images(images: Table, limit: int, options: PretrainDataOptions, seed: int) -> datasets.Dataset:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.norms import NormStatistics, token_norms
 from ..analysis.outliers import ThresholdMethod, outlier_threshold
+from ..analysis.rank import effective_rank
 from ..data.image_data import ImageData, read_ahead
 from ..data.labelled_images import MappedImages
-from ..distributed import forked_rng, num_cores
+from ..distributed import forked_rng, num_cores, whole
 from ..modeling_vitreg import ViTRegForImageClassification, ViTRegModel
 from .knn import knn_classify
 from .labelled import gathered, own_share
@@ -61,7 +62,8 @@ def measure_features(
         how: How images come to the model.
 
     Returns:
-        `knn_accuracy`, by the 20 nearest (`evaluation.knn`), where there is `train`; and as `patch_outliers`.
+        `knn_accuracy`, by the 20 nearest (`evaluation.knn`), where there is `train`; as `patch_outliers`; and
+        `feature_rank`, the effective rank of CLS as a share of the most it could be for so many images.
 
     Raises:
         ValueError: where no image can be read, or what the model makes of them is not finite.
@@ -69,7 +71,8 @@ def measure_features(
     with _measured(backbone) as model:
         compute = functools.partial(_cls_and_norms, model)
         found = _of_images(validation, compute, how, "measuring features")
-        metrics = patch_outliers(found.values[1])
+        cls = found.values[0]
+        metrics = {**patch_outliers(found.values[1]), "feature_rank": (effective_rank(cls) / min(cls.shape)).item()}
         if train is not None:
             neighbours = _of_images(train, compute, how, "measuring neighbours")
             metrics = {"knn_accuracy": _knn_accuracy(train, neighbours, validation, found, how), **metrics}
@@ -171,7 +174,7 @@ def _whole(model: nn.Module) -> nn.Module:
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return model
-    state = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in state.items()}
+    state = {name: whole(each) for name, each in state.items()}
     copy = type(model)(model.config)
     copy.load_state_dict(state, assign=True)
     return copy.eval()

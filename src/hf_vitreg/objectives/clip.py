@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
+from ..distributed import whole
 from ..modeling_vitreg import ViTRegModel
 from ..pretrain_recipe import CLIPOptions
 from .averaging import ema_update, frozen_copy
@@ -74,13 +75,13 @@ class Towers(nn.Module):
             vision.config, text.config, projection_dim=self.vision.projection.out_features
         )
         if self.logits.bias is not None:
-            config.logit_bias = _whole(self.logits.bias).item()
+            config.logit_bias = whole(self.logits.bias.detach()).item()
         # projections that cost nothing and draw no random numbers, until the true ones are there
         with torch.device("meta"):
             model = VisionTextDualEncoderModel(config, vision_model=vision, text_model=text)
         model.visual_projection = self.vision.projection
         model.text_projection = self.text.projection
-        model.logit_scale = nn.Parameter(_whole(self.logits.log_scale)[0], requires_grad=False)
+        model.logit_scale = nn.Parameter(whole(self.logits.log_scale.detach())[0].clone(), requires_grad=False)
         return model
 
 
@@ -181,9 +182,3 @@ def _taken_projection(vision: ViTRegModel, projection_dim: int) -> nn.Linear:
     vision.projection = None
     vision.config.projection_dim = None
     return projection
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The values of a parameter that may be sharded."""
-    values = parameter.detach()
-    return values.full_tensor() if hasattr(values, "full_tensor") else values.clone()

@@ -20,7 +20,6 @@ from .losses.prototypes import Assignment, PrototypeLoss, crop_pair_weights, din
 from .losses.regularizers import gram_loss, koleo_loss
 from .losses.targets import Center, sinkhorn_knopp
 from .packing import forward_crops, prepare_for_crops
-from .rank import effective_rank
 
 
 NUM_GLOBAL_CROPS = 2
@@ -31,11 +30,13 @@ class CropTokens(NamedTuple):
 
     Attributes:
         cls: Normed CLS, `(num_crops, batch, hidden_size)`.
-        patches: Normed patch tokens of the global crops, `(2 * batch, num_patches, hidden_size)`.
+        masked: Normed patch tokens of the global crops that losses read, `(num_masked, hidden_size)`.
+        patches: All of them where Gram anchors, `(2 * batch, num_patches, hidden_size)`.
     """
 
     cls: torch.Tensor
-    patches: torch.Tensor
+    masked: torch.Tensor | None
+    patches: torch.Tensor | None = None
 
 
 class DINONetwork(nn.Module):
@@ -130,6 +131,7 @@ class DINOObjective(Objective):
             self.gram_teacher = (gram_teacher or copy.deepcopy(backbone)).requires_grad_(False)
         self.anchors_on_own_teacher = gram_teacher is None
         prepare_for_crops(self.student.backbone, drop_path_subset, pack_crops)
+        prepare_for_crops(self.teacher.backbone, last_alone=True)
         for part in (backbone.pooler, backbone.projection):
             if part is not None:  # nothing here reaches them, and DDP waits for every gradient
                 part.requires_grad_(False)
@@ -160,33 +162,35 @@ class DINOObjective(Objective):
         masked = batch["mask_indices"] if self.masks_patches else None
         with torch.no_grad():
             teacher = self._teacher_assignments(global_crops, masked, step)
-        tokens = self._student_tokens(global_crops, local_crops, batch["masks"] if self.masks_patches else None)
-        patches = None if masked is None else tokens.patches.flatten(0, 1)[masked]
-        student = self.student.assignments(tokens.cls, patches, self.options.student_temperature)
+        anchors = self.gram_teacher is not None and step >= self._gram_start()
+        masks = batch["masks"] if self.masks_patches else None
+        tokens = self._student_tokens(global_crops, local_crops, masks, masked, anchors)
+        student = self.student.assignments(tokens.cls, tokens.masked, self.options.student_temperature)
 
         pair_weights = crop_pair_weights(NUM_GLOBAL_CROPS, len(local_crops), self.options.local_weight)
         on_cls = dino_loss(student[0], teacher[0], pair_weights, self.options.loss_chunk_rows)
         losses = {"dino_loss": (self.options.dino_weight, on_cls.loss)}
         on_patches = None
         if self.masks_patches:
-            weights, num_crops = batch["mask_weights"], len(tokens.patches)
+            weights, num_crops = batch["mask_weights"], len(masks)
             on_patches = ibot_loss(student[1], teacher[1], weights, num_crops, self.options.loss_chunk_rows)
             losses["ibot_loss"] = (self.options.ibot_weight, on_patches.loss)
         if self.options.koleo_weight:
             losses["koleo_loss"] = (self.options.koleo_weight, self._koleo(tokens.cls[:NUM_GLOBAL_CROPS]))
-        if self.gram_teacher is not None and step >= self._gram_start():
+        if anchors:
             losses["gram_loss"] = (self.options.gram_weight, self._gram(tokens.patches, batch["gram_crops"]))
         loss = sum(weight * part for weight, part in losses.values())
         metrics = {name: part.detach() for name, (_, part) in losses.items()}
-        return loss, metrics | self._health(on_cls, on_patches, tokens.cls[0].detach())
+        return loss, metrics | self._health(on_cls, on_patches)
 
     def _teacher_assignments(
         self, global_crops: torch.Tensor, masked: torch.Tensor | None, step: int
     ) -> tuple[Assignment, Assignment | None]:
         """What the teacher says of whole global crops, sharpened and balanced."""
-        outputs = self.teacher.backbone(global_crops.flatten(0, 1))
-        cls = outputs.last_hidden_state[:, 0].unflatten(0, global_crops.shape[:2])
-        patches = None if masked is None else outputs.patch_tokens.flatten(0, 1)[masked]
+        pixels = global_crops.flatten(0, 1)
+        (tokens,) = forward_crops(self.teacher.backbone, [pixels], [None], [self._positions(pixels, masked)])
+        cls = tokens[: len(pixels)].unflatten(0, global_crops.shape[:2])
+        patches = None if masked is None else tokens[len(pixels) :]
         on_cls, on_patches = self.teacher.assignments(cls, patches, self._teacher_temperature(step))
         on_cls = self._balanced(on_cls, self.center)
         return on_cls, None if on_patches is None else self._balanced(on_patches, self.ibot_center)
@@ -200,12 +204,35 @@ class DINOObjective(Objective):
         return assignment._replace(center=center.center)
 
     def _student_tokens(
-        self, global_crops: torch.Tensor, local_crops: torch.Tensor, masks: torch.Tensor | None
+        self,
+        global_crops: torch.Tensor,
+        local_crops: torch.Tensor,
+        masks: torch.Tensor | None,
+        masked: torch.Tensor | None,
+        all_patches: bool = False,
     ) -> CropTokens:
         crops = [crops.flatten(0, 1) for crops in (global_crops, local_crops) if len(crops)]
-        tokens = forward_crops(self.student.backbone, crops, [masks, None][: len(crops)])
-        cls = torch.cat([crop[:, 0] for crop in tokens]).unflatten(0, (-1, global_crops.shape[1]))
-        return CropTokens(cls, tokens[0][:, self.student.backbone.config.num_prefix_tokens :])
+        read = [self._positions(pixels, index) for pixels, index in zip(crops, (masked, None))]
+        if all_patches:
+            whole, *local = forward_crops(self.student.backbone, crops, (masks, None), [None, *read[1:]])
+            patches = whole[:, self.student.backbone.config.num_prefix_tokens :]
+            tokens = whole.flatten(0, 1)[read[0]]
+        else:
+            tokens, *local = forward_crops(self.student.backbone, crops, (masks, None), read)
+            patches = None
+        num_crops = len(crops[0])
+        cls = torch.cat([tokens[:num_crops], *local]).unflatten(0, (-1, global_crops.shape[1]))
+        return CropTokens(cls, None if masked is None else tokens[num_crops:], patches)
+
+    def _positions(self, pixels: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+        """Where CLS and masked patches are among all tokens of these crops."""
+        config = self.student.backbone.config
+        num_patches = (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
+        length = config.num_prefix_tokens + num_patches
+        cls = torch.arange(len(pixels), device=pixels.device) * length
+        if masked is None:
+            return cls
+        return torch.cat([cls, masked // num_patches * length + config.num_prefix_tokens + masked % num_patches])
 
     def _koleo(self, cls: torch.Tensor) -> torch.Tensor:
         """Of one global crop at a time: the two of an image are alike and should be."""
@@ -219,12 +246,10 @@ class DINOObjective(Objective):
             anchor = _resampled(anchor, pixels, self.gram_teacher.config.patch_size, patches.shape[1])
         return gram_loss(patches, anchor)
 
-    def _health(
-        self, on_cls: PrototypeLoss, on_patches: PrototypeLoss | None, cls: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def _health(self, on_cls: PrototypeLoss, on_patches: PrototypeLoss | None) -> dict[str, torch.Tensor]:
         """What shows a collapse, each as a share of the most it could be."""
         parts = {"": on_cls} if on_patches is None else {"": on_cls, "ibot_": on_patches}
-        health = {"feature_rank": effective_rank(cls) / min(cls.shape)}
+        health = {}
         for prefix, part in parts.items():
             most = torch.tensor(float(len(part.mean_target))).log()
             health[f"{prefix}teacher_entropy"] = part.teacher_entropy / most

@@ -28,7 +28,7 @@ from ..objectives.supervised import SupervisedObjective
 from ..objectives.text_towers import text_tower
 from ..pretrain_recipe import PretrainRecipe
 from ..teachers import load_classifier
-from .models import build_backbone, build_classifier, load_backbone
+from .models import build_backbone, build_classifier, load_backbone, load_heads
 
 
 Batch = dict[str, torch.Tensor]
@@ -124,7 +124,11 @@ class DINOMethod(Method):
         recipe = self.recipe
         backbone = build_backbone(recipe, use_mask_token=bool(recipe.ibot_weight and recipe.mask_probability))
         anchor = load_backbone(recipe.gram_teacher) if recipe.gram_weight and recipe.gram_teacher else None
-        return DINOObjective(backbone, recipe, total_steps, recipe.drop_path_subset, recipe.pack_crops, anchor)
+        objective = DINOObjective(backbone, recipe, total_steps, recipe.drop_path_subset, recipe.pack_crops, anchor)
+        if recipe.model_name_or_path is not None:
+            for network in (objective.student, objective.teacher):
+                load_heads(network, recipe.model_name_or_path, recipe.revision)
+        return objective
 
     def held_back(self) -> dict[str, float]:
         return {

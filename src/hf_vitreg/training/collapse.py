@@ -40,7 +40,7 @@ LIMITS = {
     "feature_rank": _Limit(
         "min_feature_rank",
         False,
-        "the features of a batch use few directions",
+        "the features of different images use few directions",
         "Raise --koleo_weight, or lower --learning_rate.",
     ),
     "target_entropy": _Limit(
@@ -61,7 +61,7 @@ LIMITS = {
 class CollapseWatch:
     """Compares metrics with their limits. A run that stops improving is none of its concern, one that collapsed is.
 
-    Metrics are shares of what they could be: `feature_rank` of the smaller of batch and width, `target_entropy` (of
+    Metrics are shares of what they could be: `feature_rank` of the smaller of images and width, `target_entropy` (of
     the teacher's mean output) and `teacher_entropy` (the mean over its outputs) of the logarithm of the number of
     prototypes; there may be several, with something before these names. Others are only asked to be finite.
 

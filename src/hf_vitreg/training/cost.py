@@ -57,6 +57,18 @@ class Transformer:
         attention = 4.0 * num_tokens**2 * self.hidden_size
         return self.num_layers * (2.0 * num_tokens * self.layer_weights + attention)
 
+    def crop_flops(self, num_tokens: int, num_read: float | None, share: float = 1.0) -> float:
+        """Of a crop of which some tokens are read, or all, where a share of the crops has residual branches.
+
+        The last layer computes what is behind its attention for tokens that are read alone, dropped or not. (Of a
+        model that norms CLS and patches apart it computes all.)
+        """
+        layers = share * self.forward_flops(num_tokens)
+        if num_read is None:
+            return layers
+        behind_attention = 2.0 * (self.layer_weights - 3 * self.hidden_size**2)
+        return layers + (num_read - share * num_tokens) * behind_attention
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSizes:
@@ -109,9 +121,12 @@ class ObjectiveSizes:
         pixels = self.num_patches(image_size) * self.patch_size**2
         return 2 * pixels * self.num_channels * self.vision.hidden_size
 
+    def num_tokens(self, image_size: int) -> int:
+        return self.num_prefix_tokens + self.num_patches(image_size)
+
     def layer_flops(self, image_size: int) -> float:
         """Of an image through all layers."""
-        return self.vision.forward_flops(self.num_prefix_tokens + self.num_patches(image_size))
+        return self.vision.forward_flops(self.num_tokens(image_size))
 
 
 def _num_parameters(module: nn.Module, trained: bool) -> int:
@@ -180,17 +195,20 @@ def _clip_flops(recipe: PretrainRecipe, sizes: ObjectiveSizes, num_processes: in
 
 def _dino_flops(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> tuple[dict[str, float], float]:
     parts, student = {}, 0.0
+    of_global = num_read_tokens(recipe, sizes)
     crops = {
-        "global crops": (recipe.global_crop_size, NUM_GLOBAL_CROPS),
-        "local crops": (recipe.local_crop_size, recipe.num_local_crops),
+        "global crops": (recipe.global_crop_size, NUM_GLOBAL_CROPS, None if recipe.gram_weight else of_global),
+        "local crops": (recipe.local_crop_size, recipe.num_local_crops, 1.0),
     }
-    for name, (image_sizes, num_crops) in crops.items():
-        layers = num_crops * _mean(map(sizes.layer_flops, image_sizes)) * kept_share(recipe, num_crops)
+    for name, (image_sizes, num_crops, num_read) in crops.items():
+        share = kept_share(recipe, num_crops)
+        of_crop = _mean(sizes.vision.crop_flops(sizes.num_tokens(size), num_read, share) for size in image_sizes)
         patches = num_crops * _mean(map(sizes.patch_flops, image_sizes))
-        parts[f"student, {name}"] = 2 * patches + 3 * layers
-        student += layers
+        parts[f"student, {name}"] = 2 * patches + 3 * num_crops * of_crop
+        student += num_crops * of_crop
     parts["teacher"] = NUM_GLOBAL_CROPS * _mean(
-        sizes.layer_flops(size) + sizes.patch_flops(size) for size in recipe.global_crop_size
+        sizes.vision.crop_flops(sizes.num_tokens(size), of_global) + sizes.patch_flops(size)
+        for size in recipe.global_crop_size
     )
     parts.update(_head_flops(recipe, sizes))
     if recipe.gram_weight:
@@ -212,6 +230,11 @@ def num_masked_patches(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> float:
         return 0.0
     num_patches = _mean(map(sizes.num_patches, recipe.global_crop_size))
     return NUM_GLOBAL_CROPS * recipe.mask_probability * sum(recipe.mask_ratio) / 2 * num_patches
+
+
+def num_read_tokens(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> float:
+    """Tokens of a global crop that teacher and student compare: CLS and what is masked."""
+    return 1 + num_masked_patches(recipe, sizes) / NUM_GLOBAL_CROPS
 
 
 def _head_flops(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> dict[str, float]:

@@ -5,7 +5,7 @@
 from typing import Literal
 
 from ..pretrain_recipe import PretrainRecipe
-from .cost import NUM_GLOBAL_CROPS, ObjectiveSizes, Transformer, kept_share, num_masked_patches
+from .cost import NUM_GLOBAL_CROPS, ObjectiveSizes, Transformer, kept_share, num_masked_patches, num_read_tokens
 
 
 Strategy = Literal["ddp", "fsdp2"]
@@ -61,13 +61,13 @@ def _num_tokens(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> list[float]:
 def _activations(recipe: PretrainRecipe, sizes: ObjectiveSizes, half: bool) -> float:
     """What layers keep for the backward pass."""
     num_tokens = _num_tokens(recipe, sizes)
-    shares = [1.0] * len(num_tokens)
     if recipe.objective == "dino":
-        shares = [kept_share(recipe, num_crops) for num_crops in (NUM_GLOBAL_CROPS, recipe.num_local_crops)]
-    num_kept = sum(tokens * share for tokens, share in zip(num_tokens, shares))
-    of_layer = num_kept * _kept_by_layer(sizes.vision, half, adds_to_rows=min(shares) < 1)
-    kept = of_layer * sizes.vision.num_layers
+        of_layer, of_last = _kept_of_crops(recipe, sizes, num_tokens, half)
+    else:
+        of_layer = of_last = num_tokens[0] * _kept_by_layer(sizes.vision, half)
+    kept = of_layer * (sizes.vision.num_layers - 1) + of_last
     if recipe.gradient_checkpointing:
+        # what a layer keeps is there for one layer at a time
         kept = of_layer + sum(num_tokens) * sizes.vision.num_layers * sizes.vision.hidden_size * FLOAT32
     if sizes.text is not None:
         num_of_text = recipe.per_device_train_batch_size * recipe.text_max_length
@@ -75,16 +75,39 @@ def _activations(recipe: PretrainRecipe, sizes: ObjectiveSizes, half: bool) -> f
     return kept
 
 
-def _kept_by_layer(stack: Transformer, half: bool, adds_to_rows: bool = False) -> float:
+def _kept_by_layer(stack: Transformer, half: bool) -> float:
     """Bytes of a token. In units of the width: what both norms read (2, always float32); normed tokens, which queries,
     keys and values copy under autocast each for itself (2, or 4); queries, keys, values and what was attended (4);
-    both branches for the gradient of LayerScale (2), and again where they are added to some of the images (2); in
-    units of the MLP's, before and after GELU, or SwiGLU's four.
+    both branches for the gradient of LayerScale (2); in units of the MLP's, before and after GELU, or SwiGLU's four.
     """
     num_of_mlp = 2 if stack.mlp_products == 2 else 4
-    num_of_width = (4 if half else 2) + 4 + 2 * (stack.has_layerscale + adds_to_rows)
+    num_of_width = (4 if half else 2) + 4 + 2 * stack.has_layerscale
     size = HALF if half else FLOAT32
     return 2 * FLOAT32 * stack.hidden_size + size * (num_of_width * stack.hidden_size + num_of_mlp * stack.mlp_size)
+
+
+def _kept_of_crops(
+    recipe: PretrainRecipe, sizes: ObjectiveSizes, num_tokens: list[float], half: bool
+) -> tuple[float, float]:
+    """Bytes of all crops in a layer, which computes most of what others keep again, and in the last one.
+
+    In units of the width: what both norms read (2, always float32); queries, keys, values and what was attended (4),
+    again where the crops' are put together (1), or where the last layer picks what is read (1); in units of the MLP's,
+    before GELU, or both of SwiGLU's.
+    """
+    stack, size = sizes.vision, HALF if half else FLOAT32
+    shares = (kept_share(recipe, num_crops) for num_crops in (NUM_GLOBAL_CROPS, recipe.num_local_crops))
+    num_kept = [tokens * share for tokens, share in zip(num_tokens, shares)]
+    of_mlp = FLOAT32 * stack.hidden_size + size * (stack.mlp_products - 1) * stack.mlp_size
+    of_attention = (FLOAT32 + 4 * size) * stack.hidden_size
+    of_packing = size * stack.hidden_size
+    of_layer = sum(num_kept) * (of_attention + recipe.pack_crops * of_packing + of_mlp)
+    num_read = recipe.per_device_train_batch_size * recipe.num_local_crops
+    if recipe.gram_weight:
+        num_read += num_kept[0]
+    else:
+        num_read += recipe.per_device_train_batch_size * NUM_GLOBAL_CROPS * num_read_tokens(recipe, sizes)
+    return of_layer, sum(num_kept) * of_attention + num_read * (of_packing + of_mlp)
 
 
 def _num_pixels(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> float:

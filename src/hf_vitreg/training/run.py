@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.text import Text
 
+from ..distributed import whole
 from .checkpoint import Checkpoints
 from .collapse import TrainingCollapsed
 from .metrics import MetricsLog
@@ -133,8 +134,7 @@ def require_finite(model: torch.nn.Module, step: int) -> None:
     """
     # one number for all weights: a question to each would wait for the device as often
     norm = torch.nn.utils.get_total_norm(model.parameters())
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not norm.isfinite():
+    if not whole(norm).isfinite():
         raise TrainingDiverged(
             f"The weights after step {step} are not finite. Lower --learning_rate or --max_grad_norm, and resume from "
             "the last checkpoint, which is from before."

@@ -7,6 +7,7 @@ masked patches. So the logits are made chunk by chunk from the bottleneck featur
 while its logits are there: what stays has the size of the features and of the prototypes. Nothing is computed twice.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,8 +66,8 @@ def dino_loss(
         student: Features `(num_student_crops, batch, bottleneck_size)`.
         teacher: Features `(num_teacher_crops, batch, bottleneck_size)`; no gradient reaches it.
         pair_weights: `(num_student_crops, num_teacher_crops)`, see `crop_pair_weights`.
-        chunk_rows: Rows of logits that there is room for; a third of them is a chunk. The result depends on it by
-            rounding alone.
+        chunk_rows: Rows of logits that there is room for; chunks have a third of them at most. The result
+            depends on it by rounding alone.
 
     Raises:
         ValueError: where student, teacher and weights are not of the same rows and crops.
@@ -191,6 +192,7 @@ def _chunked_cross_entropy(
             f"{tuple(teacher.features.shape)}, (crops, rows, bottleneck_size)."
         )
     num_pairs, num_rows = (len(student.features), len(teacher.features)), student.features.shape[1]
+    num_chunks = math.ceil(num_rows / max(1, chunk_rows // (3 * max(pair_weights.shape))))
     if pair_weights.shape != num_pairs or row_weights.shape != (num_rows,):
         raise ValueError(
             f"Weights must have shapes {num_pairs}, (student crops, teacher crops), and ({num_rows},), rows; got "
@@ -205,7 +207,8 @@ def _chunked_cross_entropy(
                 teacher,
                 pair_weights.to(student.features.device),
                 row_weights,
-                max(1, chunk_rows // (3 * max(pair_weights.shape))),
+                # all alike: reading the prototypes takes as long for a last chunk of few rows as for a whole one
+                math.ceil(num_rows / max(1, num_chunks)),
                 torch.is_grad_enabled(),
             )
         )
@@ -231,9 +234,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         student = Assignment(features, prototypes, temperature)
         sums = _Sums.zeros(student, teacher)
         gradients = _Gradients.zeros(student) if with_gradient and any(ctx.needs_input_grad[:2]) else None
-        most_rows = min(chunk_size, features.shape[1]) * max(pair_weights.shape)
-        buffers = logit_buffers(student, 3, most_rows)
-        for start in range(0, features.shape[1], chunk_size):
+        buffers = logit_buffers(student, 3, chunk_size * max(pair_weights.shape))
+        for start in range(0, features.shape[1], max(1, chunk_size)):
             rows = slice(start, start + chunk_size)
             targets = _teacher_chunk(teacher, rows, sums, buffers[:2])
             _student_chunk(student, rows, targets, pair_weights, row_weights[rows], sums, gradients, buffers[1:])

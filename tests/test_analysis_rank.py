@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_vitreg.objectives.rank import effective_rank
+from hf_vitreg.analysis.rank import effective_rank
 
 
 @pytest.mark.parametrize("shape", [(11, 5), (5, 11), (7, 7)])

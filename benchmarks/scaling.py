@@ -98,7 +98,7 @@ def known_gpu(name: str) -> str:
 def build_objective(recipe: PretrainRecipe, num_classes: int) -> Objective:
     """What the recipe trains."""
     if recipe.objective == "dino":
-        masks = bool(recipe.ibot_weight and recipe.mask_probability)
+        masks = recipe.masks_patches
         return DINOObjective(build_backbone(recipe, use_mask_token=masks), recipe, total_steps=1)
     if recipe.objective == "supervised":
         settings = {"classifier_layout": recipe.classifier_layout}

@@ -323,3 +323,11 @@ def test_two_processes_are_one_with_the_global_batch(tmp_path):
                 torch.testing.assert_close(
                     found[centering][name], value, rtol=1e-5, atol=1e-5, msg=lambda told, name=name: name + told
                 )
+
+
+def test_an_anchor_that_the_teacher_could_not_replace_is_refused_at_once():
+    options = dataclasses.replace(OPTIONS, gram_weight=1.0, gram_update_steps=5)
+    with pytest.raises(ValueError, match="--gram_update_steps 0"):
+        DINOObjective(backbone(), options, TOTAL_STEPS, gram_teacher=backbone(num_register_tokens=0))
+    kept = dataclasses.replace(options, gram_update_steps=0)
+    DINOObjective(backbone(), kept, TOTAL_STEPS, gram_teacher=backbone(num_register_tokens=0))

@@ -420,6 +420,14 @@ def test_a_run_that_has_had_its_time_ends_with_a_model(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(tmp_path):
+    run(tmp_path / "plain", max_steps=2, eval_steps=2, drop_path_rate=0.0)
+    run(tmp_path / "compiled", "dino", "--torch_compile", max_steps=2, eval_steps=2, drop_path_rate=0.0)
+    losses = [[line["train_loss"] for line in metrics(tmp_path / name)[1:3]] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     run(tmp_path / "plain", max_steps=2, eval_steps=2)
     run(tmp_path / "checkpointed", "dino", "--gradient_checkpointing", max_steps=2, eval_steps=2)

@@ -209,6 +209,18 @@ def test_lamb_is_timms():
     options = PretrainOptimizerOptions(optimizer="lamb", adam_beta1=0.8)
     optimizer = pretraining_optimizer(objective, LAYERS, options)
     assert isinstance(optimizer, Lamb) and optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+    assert optimizer.param_groups[0]["max_grad_norm"] is None  # the loop clips
+
+
+def test_a_text_tower_has_one_learning_rate_and_its_embeddings_do_not_decay():
+    from dual_encoders import objective
+
+    groups = pretraining_groups(objective(), 2, PretrainOptimizerOptions(layer_decay=0.5))
+    by_name = {name: group for group in groups for name in group["names"]}
+    of_text = {name: group for name, group in by_name.items() if ".text." in name}
+    assert {group["lr_scale"] for group in of_text.values()} == {1.0}
+    assert not any(group["decays"] for name, group in of_text.items() if "embedding" in name)
+    assert any(group["decays"] for group in of_text.values())
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])

@@ -11,6 +11,10 @@ from typing import Literal
 from .recipe import require
 
 
+# of an image, those that the teacher sees
+NUM_GLOBAL_CROPS = 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
     """Objective
@@ -253,6 +257,11 @@ class DINOOptions:
     gram_max_updates: int = 3
     gram_crop_size: list[int] = dataclasses.field(default_factory=list)
     loss_chunk_rows: int = 256
+
+    @property
+    def masks_patches(self) -> bool:
+        """Whether there is a loss on masked patches."""
+        return bool(self.ibot_weight and self.mask_probability)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

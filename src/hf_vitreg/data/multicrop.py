@@ -13,13 +13,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..distributed import derived_seed
-from ..pretrain_recipe import PretrainRecipe
+from ..pretrain_recipe import NUM_GLOBAL_CROPS, PretrainRecipe
 from . import photometric
 from .masking import batch_masks
 
 
 BICUBIC = v2.InterpolationMode.BICUBIC
-NUM_GLOBAL_CROPS = 2
 # DINOv2's strengths of brightness, contrast, saturation and hue
 COLOR_JITTER = (0.4, 0.4, 0.2, 0.1)
 # smallest and largest ratio of width and height of a box
@@ -169,7 +168,7 @@ class CropFinish:
         [choice] = random.Random(size_seed).choices(numbers, self.options.crop_size_weights or None)
         sized = {name: _resize(batch[name], sizes[choice]) for name, sizes in self.sizes.items() if name in batch}
         batch = {**batch, **sized}
-        if self.options.ibot_weight and self.options.mask_probability:
+        if self.options.masks_patches:
             batch |= self._masks(mask_seed, batch["global_crops"])
         return batch
 

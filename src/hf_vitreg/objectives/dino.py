@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modeling_vitreg import ViTRegModel
-from ..pretrain_recipe import DINOOptions
+from ..pretrain_recipe import NUM_GLOBAL_CROPS, DINOOptions
 from ..training.schedules import cosine, linear
 from .averaging import ema_update
 from .base import Objective
@@ -20,9 +20,6 @@ from .losses.prototypes import Assignment, PrototypeLoss, crop_pair_weights, din
 from .losses.regularizers import gram_loss, koleo_loss
 from .losses.targets import Center, sinkhorn_knopp
 from .packing import forward_crops, prepare_for_crops
-
-
-NUM_GLOBAL_CROPS = 2
 
 
 class CropTokens(NamedTuple):
@@ -104,7 +101,8 @@ class DINOObjective(Objective):
         gram_teacher: What anchors; by default the teacher as it is when anchoring starts.
 
     Raises:
-        ValueError: for a backbone without CLS, or without a mask token where patches are masked.
+        ValueError: for a backbone without CLS, or without a mask token where patches are masked; and for an anchor that
+            the teacher is to replace and cannot.
     """
 
     def __init__(
@@ -119,8 +117,7 @@ class DINOObjective(Objective):
         super().__init__()
         if not backbone.config.use_cls_token:
             raise ValueError("DINO compares CLS tokens, and this model has none: choose one with use_cls_token.")
-        self.masks_patches = bool(options.ibot_weight and options.mask_probability)
-        if self.masks_patches and not backbone.config.use_mask_token:
+        if options.masks_patches and not backbone.config.use_mask_token:
             raise ValueError("iBOT needs a model with a mask token: set use_mask_token, or --ibot_weight 0.")
         self.options = options
         self.total_steps = total_steps
@@ -128,6 +125,8 @@ class DINOObjective(Objective):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.gram_teacher = None
         if options.gram_weight:
+            if gram_teacher is not None and options.gram_update_steps:
+                _require_same_weights(gram_teacher, backbone)
             self.gram_teacher = (gram_teacher or copy.deepcopy(backbone)).requires_grad_(False)
         self.anchors_on_own_teacher = gram_teacher is None
         prepare_for_crops(self.student.backbone, drop_path_subset, pack_crops)
@@ -159,11 +158,11 @@ class DINOObjective(Objective):
         """
         global_crops = batch["global_crops"].transpose(0, 1)
         local_crops = batch["local_crops"].transpose(0, 1)
-        masked = batch["mask_indices"] if self.masks_patches else None
+        masked = batch["mask_indices"] if self.options.masks_patches else None
         with torch.no_grad():
             teacher = self._teacher_assignments(global_crops, masked, step)
         anchors = self.gram_teacher is not None and step >= self._gram_start()
-        masks = batch["masks"] if self.masks_patches else None
+        masks = batch["masks"] if self.options.masks_patches else None
         tokens = self._student_tokens(global_crops, local_crops, masks, masked, anchors)
         student = self.student.assignments(tokens.cls, tokens.masked, self.options.student_temperature)
 
@@ -171,7 +170,7 @@ class DINOObjective(Objective):
         on_cls = dino_loss(student[0], teacher[0], pair_weights, self.options.loss_chunk_rows)
         losses = {"dino_loss": (self.options.dino_weight, on_cls.loss)}
         on_patches = None
-        if self.masks_patches:
+        if self.options.masks_patches:
             weights, num_crops = batch["mask_weights"], len(masks)
             on_patches = ibot_loss(student[1], teacher[1], weights, num_crops, self.options.loss_chunk_rows)
             losses["ibot_loss"] = (self.options.ibot_weight, on_patches.loss)
@@ -262,7 +261,7 @@ class DINOObjective(Objective):
         ema_update(self.teacher, self.student, momentum)
         if self.options.centering == "softmax":
             self.center.update()
-            if self.masks_patches:
+            if self.options.masks_patches:
                 self.ibot_center.update()
         if self.gram_teacher is not None and self._anchor_is_due(step + 1):
             ema_update(self.gram_teacher, self.teacher.backbone, 0.0)
@@ -293,6 +292,17 @@ class DINOObjective(Objective):
     def trained(self) -> dict[str, nn.Module]:
         """The student's backbone and heads."""
         return {name: module for name, module in self.student.named_children() if module is not None}
+
+
+def _require_same_weights(anchor: ViTRegModel, backbone: ViTRegModel) -> None:
+    """Raises `ValueError` where the teacher could not take the place of the anchor."""
+    shapes = [{name: each.shape for name, each in model.named_parameters()} for model in (anchor, backbone)]
+    different = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+    if different:
+        raise ValueError(
+            f"The Gram teacher has other weights than the model, {different[0]} first, and cannot be replaced by its "
+            "teacher: set --gram_update_steps 0, or give a checkpoint of the same kind."
+        )
 
 
 def _resampled(patches: torch.Tensor, pixels: torch.Tensor, patch_size: int, num_patches: int) -> torch.Tensor:

@@ -122,7 +122,7 @@ class DINOMethod(Method):
 
     def objective(self, total_steps: int) -> Objective:
         recipe = self.recipe
-        backbone = build_backbone(recipe, use_mask_token=bool(recipe.ibot_weight and recipe.mask_probability))
+        backbone = build_backbone(recipe, use_mask_token=recipe.masks_patches)
         anchor = load_backbone(recipe.gram_teacher) if recipe.gram_weight and recipe.gram_teacher else None
         objective = DINOObjective(backbone, recipe, total_steps, recipe.drop_path_subset, recipe.pack_crops, anchor)
         if recipe.model_name_or_path is not None:

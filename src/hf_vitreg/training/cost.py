@@ -12,10 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..pretrain_recipe import PretrainRecipe
-
-
-NUM_GLOBAL_CROPS = 2
+from ..pretrain_recipe import NUM_GLOBAL_CROPS, PretrainRecipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +223,7 @@ def kept_share(recipe: PretrainRecipe, num_crops: int) -> float:
 
 def num_masked_patches(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> float:
     """Masked patches of an image, over its global crops: what is aimed at, and blocks fill most of it."""
-    if not (recipe.ibot_weight and recipe.mask_probability):
+    if not recipe.masks_patches:
         return 0.0
     num_patches = _mean(map(sizes.num_patches, recipe.global_crop_size))
     return NUM_GLOBAL_CROPS * recipe.mask_probability * sum(recipe.mask_ratio) / 2 * num_patches

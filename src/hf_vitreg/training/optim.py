@@ -14,7 +14,6 @@ from .schedules import cosine
 
 # what is learned as a token, and not as a matrix that maps one
 TOKENS = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings", "pooler.latent")
-TEXT_TOKENS = ("token_embedding.weight", "position_embedding.weight")
 
 # that torch has a fused AdamW for, whatever the weights' layout
 FUSED_DEVICES = ("cpu", "cuda")
@@ -66,6 +65,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 # what only training knows: prototypes that DINOv2 holds back at the start, heads that learn before the backbone does
 LAST_LAYER = "last_layer."
+# text towers have layers of other names and numbers, and are not decayed by layer
+TEXT = ".text."
 HEADS = ("head.", "ibot_head.")
 
 
@@ -79,10 +80,12 @@ def pretraining_groups(model: nn.Module, num_hidden_layers: int, options: Pretra
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr_scale = options.layer_decay ** (num_hidden_layers + 1 - layer_index(name, num_hidden_layers))
+        of_text = TEXT in name
+        depth = num_hidden_layers + 1 if of_text else layer_index(name, num_hidden_layers)
+        lr_scale = options.layer_decay ** (num_hidden_layers + 1 - depth)
         if "patch_embeddings." in name:
             lr_scale *= options.patch_embed_lr_ratio
-        is_token = name.endswith((*TOKENS, *TEXT_TOKENS))
+        is_token = name.endswith(TOKENS) or (of_text and "embedding" in name)
         traits = {
             "lr_scale": lr_scale,
             "decays": options.decay_tokens if is_token else parameter.ndim > 1,
@@ -120,7 +123,8 @@ def pretraining_optimizer(
         from timm.optim import Lamb
     except ImportError as error:
         raise ImportError("--optimizer lamb is timm's: pip install 'hf-vitreg[timm]'.") from error
-    return Lamb(groups, **settings)
+    # the loop clips each module on its own; Lamb would clip all at 1 besides
+    return Lamb(groups, **settings, max_grad_norm=None)
 
 
 class Schedule:

@@ -101,7 +101,7 @@ class DINOObjective(Objective):
         gram_teacher: What anchors; by default the teacher as it is when anchoring starts.
 
     Raises:
-        ValueError: for a backbone without CLS, or without a mask token where patches are masked; and for an anchor that
+        ValueError: for a backbone without CLS, or without a mask token where patches are masked; for an anchor that
             the teacher is to replace and cannot.
     """
 

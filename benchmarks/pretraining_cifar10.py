@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from timing import RESULTS, save
+from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import AutoImageProcessor
 
 from hf_vitreg import ViTRegModel
@@ -100,8 +101,7 @@ def pixel_accuracy(train: MappedImages, validation: MappedImages) -> float:
 
 def pixels_of(images: MappedImages) -> torch.Tensor:
     """`(num_images, 3, 32, 32)`."""
-    stacked = [torch.tensor(list(images.image(index).getdata())) for index in range(len(images))]
-    return torch.stack(stacked).mT.unflatten(-1, (32, 32)).float()
+    return torch.stack([pil_to_tensor(images.image(index)) for index in range(len(images))]).float()
 
 
 def show(rows: dict[str, dict], pixels: float) -> None:

@@ -20,6 +20,10 @@ from hf_vitreg.data.batches import TrainingBatches
 from hf_vitreg.data.orders import MappedOrder, StreamOrder
 
 
+# torch advises against more workers than cores, and what is tested does not depend on either
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
 def transform(image):
     """The image with noise, so that what is drawn at random is seen."""
     pixels = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)

@@ -1,14 +1,11 @@
 # Copyright 2026 The ViTReg team. All rights reserved.
 # Licensed under the Apache License, Version 2.0.
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from two_processes import results_of_two
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.data.masking import describe
@@ -269,19 +266,6 @@ def test_the_anchor_is_taken_when_anchoring_starts_and_replaced_as_often_as_allo
     assert [step for step in range(TOTAL_STEPS) if given._anchor_is_due(step)] == [15, 20]
 
 
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from test_objectives_dino import trained_for_two_steps
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-torch.save(trained_for_two_steps(dist.get_rank(), 2), f"{sys.argv[1]}/{dist.get_rank()}.pt")
-dist.destroy_process_group()
-"""
-
-
 def trained_for_two_steps(rank: int, num_processes: int) -> dict[str, dict[str, torch.Tensor]]:
     """The weights after two steps of each kind of centering, as DDP trains them, in float64."""
     found = {}
@@ -304,20 +288,9 @@ def trained_for_two_steps(rank: int, num_processes: int) -> dict[str, dict[str, 
 
 
 def test_two_processes_are_one_with_the_global_batch(tmp_path):
-    (tmp_path / "both.py").write_text(SCRIPT)
-    tests = Path(__file__).parent
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "both.py"), str(tmp_path)],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    results = results_of_two("test_objectives_dino", "trained_for_two_steps", tmp_path)
     expected = trained_for_two_steps(0, 1)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in results:
         for centering, state in expected.items():
             for name, value in state.items():
                 torch.testing.assert_close(

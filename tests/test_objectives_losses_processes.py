@@ -2,14 +2,10 @@
 # Licensed under the Apache License, Version 2.0.
 """Two processes compute what one does with the batches of both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from two_processes import results_of_two
 
 from hf_vitreg.objectives.losses.contrastive import clip_loss, siglip_loss
 from hf_vitreg.objectives.losses.prototypes import Assignment
@@ -18,17 +14,6 @@ from hf_vitreg.objectives.losses.targets import Center, sinkhorn_knopp
 
 
 BATCH_SIZE, HIDDEN_SIZE, NUM_PROTOTYPES, NUM_MASKED = 12, 7, 19, (11, 0, 3, 9)
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from test_objectives_losses_processes import everything
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-torch.save(everything(dist.get_rank(), 2), f"{sys.argv[1]}/{dist.get_rank()}.pt")
-dist.destroy_process_group()
-"""
 
 
 def everything(rank: int, num_processes: int) -> dict[str, torch.Tensor]:
@@ -71,19 +56,7 @@ def teacher_side(rank: int, num_processes: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     """Of two processes that torchrun starts."""
-    folder, tests = tmp_path_factory.mktemp("processes"), Path(__file__).parent
-    (folder / "both.py").write_text(SCRIPT)
-    python_path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(folder / "both.py"), str(folder)],
-        env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results_of_two("test_objectives_losses_processes", "everything", tmp_path_factory.mktemp("processes"))
 
 
 def test_two_processes_compute_what_one_does(results):

@@ -2,11 +2,6 @@
 # Licensed under the Apache License, Version 2.0.
 """A step of an objective in two processes of DDP or FSDP is that of one process with the batches of both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import dual_encoders
 import pytest
 import torch
@@ -15,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import results_of_two
 
 from hf_vitreg import ViTRegForImageClassification
 from hf_vitreg.objectives.base import Objective
@@ -23,17 +19,6 @@ from hf_vitreg.pretrain_recipe import SupervisedOptions
 
 
 BATCH_SIZE, NUM_LABELS = 8, 11
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from test_objectives_processes import everything
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-torch.save(everything(dist.get_rank(), 2), f"{sys.argv[1]}/{dist.get_rank()}.pt")
-dist.destroy_process_group()
-"""
 
 
 def objectives() -> dict[str, Objective]:
@@ -96,19 +81,7 @@ def after_a_step(kind: str, called, objective: Objective, rank: int, num_process
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     """Of two processes that torchrun starts."""
-    folder, tests = tmp_path_factory.mktemp("processes"), Path(__file__).parent
-    (folder / "both.py").write_text(SCRIPT)
-    python_path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(folder / "both.py"), str(folder)],
-        env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results_of_two("test_objectives_processes", "everything", tmp_path_factory.mktemp("processes"))
 
 
 def test_a_step_of_two_processes_is_that_of_one(results):

@@ -3,9 +3,7 @@
 """finetune.py in process on its debug recipe: what a run leaves, how it goes on, what it refuses."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, run_client
 from sample_images import write_folder, write_parquet
+from script_runs import (
+    ROOT,
+    WITH_ARGUMENTS,
+    assert_equal_weights,
+    client_environment,
+    killed_in_the_second_save,
+    one_thread,
+    weights,
+)
 from transformers import AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model, pipeline
 
 import finetune
@@ -28,7 +35,6 @@ from hf_vitreg.data.transforms import new_image_processor
 from hf_vitreg.training.run import TrainingDiverged
 
 
-ROOT = Path(finetune.__file__).parent
 DEBUG = str(ROOT / "recipes/debug/finetune.yaml")
 REPOSITORY = {
     "README.md",
@@ -41,11 +47,6 @@ REPOSITORY = {
     "preprocessor_config.json",
     "recipe.yaml",
 }
-
-
-def one_thread():
-    """Sums have one order, and threads do not wait for each other where the tensors are tiny."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -62,16 +63,6 @@ def run(output_dir, *arguments, **flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     named = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return finetune.main(["--config", DEBUG, "--output_dir", str(output_dir), *map(str, arguments), *named])
-
-
-def weights(output_dir):
-    return safetensors.torch.load_file(Path(output_dir) / "model.safetensors")
-
-
-def assert_equal_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def metrics(output_dir):
@@ -163,35 +154,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path, 
     assert metrics(finished[0]) == metrics(tmp_path / "run")
 
 
-KILL_WHILE_SAVING = """
-import os, signal, sys
-import accelerate, finetune, torch
-
-finetune.share_cores = lambda: torch.set_num_threads(1)
-save_state, saves = accelerate.Accelerator.save_state, []
-
-def killed_in_the_second(self, folder):
-    saves.append(folder)
-    save_state(self, folder)
-    if len(saves) == 2:
-        os.remove(folder / "optimizer.bin")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-accelerate.Accelerator.save_state = killed_in_the_second
-finetune.main(sys.argv[1:])
-"""
-
-
-def client_environment(tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    return {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
-
-
 def test_kill_9_during_a_save_leaves_the_checkpoint_before(finished, tmp_path):
-    command = [sys.executable, "-c", KILL_WHILE_SAVING, "--config", DEBUG, "--output_dir", str(tmp_path / "run")]
-    killed = subprocess.run(command, env=client_environment(tmp_path), cwd=tmp_path, capture_output=True, timeout=240)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    left = killed_in_the_second_save("finetune", ["--config", DEBUG], tmp_path)
     assert left == {"step-00000002", ".step-00000004.partial"}
     run(tmp_path / "run", resume_from_checkpoint="latest")
     assert_equal_weights(finished[0], tmp_path / "run")
@@ -394,23 +358,14 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     assert list((tmp_path / "run" / "logs").rglob("events.*"))
 
 
-PUSH = """
-import json, os, sys
-import finetune, torch
-
-finetune.share_cores = lambda: torch.set_num_threads(1)
-finetune.main(json.loads(os.environ["ARGUMENTS"]))
-"""
-
-
 def test_push_to_hub_publishes_the_run(tmp_path):
     flags = ["--push_to_hub", "--hub_model_id", "org/digits", "--hub_private", "--max_steps", "2"]
     arguments = ["--config", DEBUG, "--output_dir", str(tmp_path / "run"), *flags]
-    environment = {**client_environment(tmp_path), "ARGUMENTS": json.dumps(arguments)}
+    environment = {**client_environment(tmp_path), "SCRIPT": "finetune", "ARGUMENTS": json.dumps(arguments)}
     with LoopbackHub() as hub:
-        refused = run_client(hub, PUSH, tmp_path / "home", **{**environment, "HF_TOKEN": ""}, check=False)
+        refused = run_client(hub, WITH_ARGUMENTS, tmp_path / "home", **{**environment, "HF_TOKEN": ""}, check=False)
         assert "hf auth login" in refused.stderr and not (tmp_path / "run" / "checkpoints").exists()
-        run_client(hub, PUSH, tmp_path / "home", **environment)
+        run_client(hub, WITH_ARGUMENTS, tmp_path / "home", **environment)
         repository = hub.repos["org/digits"]
         assert repository.private
         assert {*REPOSITORY, ".gitattributes"} - {"metrics.jsonl"} <= set(repository.files())

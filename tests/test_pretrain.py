@@ -3,8 +3,6 @@
 """pretrain.py in process on its debug recipes: what a run leaves, how it goes on, what it refuses."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +15,15 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from loopback_hub import LoopbackHub, run_client
 from sample_images import png, write_folder, write_tar
+from script_runs import (
+    ROOT,
+    WITH_ARGUMENTS,
+    assert_equal_weights,
+    client_environment,
+    killed_in_the_second_save,
+    one_thread,
+    weights,
+)
 from transformers import AutoModel, AutoModelForImageClassification
 
 import pretrain
@@ -27,7 +34,6 @@ from hf_vitreg.training.collapse import TrainingCollapsed
 from hf_vitreg.training.run import TrainingDiverged
 
 
-ROOT = Path(pretrain.__file__).parent
 OBJECTIVES = ("dino", "supervised", "clip")
 CARD = {"README.md", "config.json", "curves.png", "model.safetensors", "preprocessor_config.json", "recipe.yaml"}
 BESIDE_WEIGHTS = {
@@ -37,11 +43,6 @@ BESIDE_WEIGHTS = {
 }
 # of a resumed run these differ: they are of time and memory
 MEASURED = {"images_per_second", "mfu", "memory_gib"}
-
-
-def one_thread():
-    """Sums have one order, and threads do not wait for each other where the tensors are tiny."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -63,16 +64,6 @@ def run(output_dir, objective="dino", *arguments, **flags):
     named = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     given = ["--config", recipe(objective), "--output_dir", str(output_dir), *map(str, arguments), *named]
     return pretrain.main([*given, "--peak_tflops", "1"])
-
-
-def weights(output_dir):
-    return safetensors.torch.load_file(Path(output_dir) / "model.safetensors")
-
-
-def assert_equal_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def metrics(output_dir):
@@ -149,38 +140,9 @@ def test_measuring_leaves_no_trace(tmp_path):
     assert_equal_weights(tmp_path / "often", tmp_path / "seldom")
 
 
-KILL_WHILE_SAVING = """
-import os, signal, sys
-import accelerate, pretrain, torch
-
-pretrain.share_cores = lambda: torch.set_num_threads(1)
-save_state, saves = accelerate.Accelerator.save_state, []
-
-def killed_in_the_second(self, folder):
-    saves.append(folder)
-    save_state(self, folder)
-    if len(saves) == 2:
-        os.remove(folder / "optimizer.bin")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-accelerate.Accelerator.save_state = killed_in_the_second
-pretrain.main(sys.argv[1:])
-"""
-
-
-def client_environment(tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    own = {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own}
-
-
 def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
-    shared = ["--config", recipe("dino"), "--peak_tflops", "1", "--output_dir", str(tmp_path / "run")]
-    command = [sys.executable, "-c", KILL_WHILE_SAVING, *shared]
-    killed = subprocess.run(command, env=client_environment(tmp_path), cwd=tmp_path, capture_output=True, timeout=240)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert {name for name in left if name.endswith(".partial")} and {name for name in left if name[0] != "."}
+    left = killed_in_the_second_save("pretrain", ["--config", recipe("dino"), "--peak_tflops", "1"], tmp_path)
+    assert left == {"step-00000002", ".step-00000003.partial"}
     run(tmp_path / "run", resume_from_checkpoint="latest")
     run(tmp_path / "whole")
     assert_equal_weights(tmp_path / "whole", tmp_path / "run")
@@ -465,22 +427,13 @@ def test_bad_flags_are_refused_before_anything_is_saved(tmp_path, flags, named):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-PUSH = """
-import json, os
-import pretrain, torch
-
-pretrain.share_cores = lambda: torch.set_num_threads(1)
-pretrain.main(json.loads(os.environ["ARGUMENTS"]))
-"""
-
-
 @pytest.mark.parametrize("objective", ["dino", "clip"])
 def test_push_to_hub_publishes_weights_card_and_recipe(tmp_path, objective):
     flags = ["--push_to_hub", "--hub_model_id", "org/digits", "--max_steps", "1", "--peak_tflops", "1"]
     arguments = ["--config", recipe(objective), "--output_dir", str(tmp_path / "run"), *flags]
     with LoopbackHub() as hub:
-        environment = {**client_environment(tmp_path), "ARGUMENTS": json.dumps(arguments)}
-        run_client(hub, PUSH, tmp_path / "home", **environment)
+        environment = {**client_environment(tmp_path), "SCRIPT": "pretrain", "ARGUMENTS": json.dumps(arguments)}
+        run_client(hub, WITH_ARGUMENTS, tmp_path / "home", **environment)
         files = set(hub.repos["org/digits"].files())
     assert files >= CARD | BESIDE_WEIGHTS[objective]
     assert not any(name.startswith("checkpoints") for name in files)

@@ -51,6 +51,7 @@ from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
 from hf_vitreg.machine import describe_machine
+from hf_vitreg.matmul import use_fast_float32_matmul
 from hf_vitreg.metrics.accuracy import Accuracy
 from hf_vitreg.recipe import FinetuneRecipe, ModelOptions, parse_recipe, recipe_yaml
 from hf_vitreg.training.checkpoint import Checkpoints, RunState
@@ -97,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     )
     if accelerator.device.type == "cpu":
         share_cores()
+        if use_fast_float32_matmul():
+            accelerator.print("Products of float32 matrices by oneDNN, which is faster here and as exact.")
     require_sharding_as_asked(accelerator)
     if recipe.ema_decay and is_sharded(accelerator):
         raise ValueError("--ema_decay averages whole models: use it without FSDP and DeepSpeed, or set it to 0.")

@@ -37,6 +37,7 @@ from hf_vitreg.evaluation.monitoring import Measuring
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish
 from hf_vitreg.machine import describe_machine
+from hf_vitreg.matmul import use_fast_float32_matmul
 from hf_vitreg.modeling_vitreg import ViTRegLayer
 from hf_vitreg.objectives.base import Objective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     )
     if accelerator.device.type == "cpu":
         share_cores()
+        if use_fast_float32_matmul():
+            accelerator.print("Products of float32 matrices by oneDNN, which is faster here and as exact.")
     require_sharding_as_asked(accelerator)
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise ValueError("pretrain.py shards by FSDP2 alone: set fsdp_version to 2 in the config of accelerate.")

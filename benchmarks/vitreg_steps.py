@@ -9,6 +9,7 @@ from step_turns import Turns
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.data.masking import batch_masks
+from hf_vitreg.matmul import use_fast_float32_matmul
 from hf_vitreg.objectives.dino import DINOObjective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
 from hf_vitreg.training.cost import training_cost
@@ -52,6 +53,8 @@ def recipe_of(setting: dict) -> PretrainRecipe:
 def main():
     turns = Turns()
     setting, device = turns.setting, turns.device
+    if device.type == "cpu":
+        use_fast_float32_matmul()
     recipe = recipe_of(setting)
     config = ViTRegConfig(
         hidden_size=setting["hidden_size"],

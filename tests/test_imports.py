@@ -38,11 +38,14 @@ ALLOWED = {
     "distributed": set(),
     "atomic": set(),
     "machine": {"distributed"},
+    "matmul": {"machine"},
     "data": {"recipe", "pretrain_recipe", "distributed"},
     "metrics": {"recipe", "distributed"},
     "training": {"recipe", "pretrain_recipe", "distributed", "machine", "training.schedules"},
     # functions of a step, which losses have schedules of too
     "training.schedules": set(),
+    # and views of a batch, that a teacher is averaged over
+    "registers.post_hoc": set(),
     "vit_families": set(),
     "features": {*MODEL, "vit_families", "data", "distributed"},
     "teachers": {"features", "data"},
@@ -57,13 +60,15 @@ ALLOWED = {
     "objectives.dino": METHOD,
     "objectives.supervised": METHOD,
     "objectives.clip": METHOD,
+    "objectives.post_hoc": {*METHOD, "registers.post_hoc"},
     "hub": TOOL,
     "deployment": TOOL,
     "evaluation": TOOL,
     # what is watched in training is what both of them measure
     "evaluation.monitoring": {*TOOL, "evaluation", "analysis"},
     "analysis": TOOL,
-    "registers": TOOL,
+    # what neurons make artifacts is what analysis says is one
+    "registers": {*TOOL, "analysis"},
 }
 # puts together what everything below it offers
 ALLOWED["pretraining"] = set(ALLOWED)

@@ -53,11 +53,12 @@ def describe_machine(device: torch.device) -> str:
         processor = torch.cuda.get_device_name(device)
     else:
         cores = num_cores()
-        processor = f"{cores} core{'s' * (cores > 1)} of {_processor_name()}"
+        processor = f"{cores} core{'s' * (cores > 1)} of {processor_name()}"
     return f"{processor}, {psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}"
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The model of the CPU as the system tells it, `AMD EPYC 9354`."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -236,6 +236,63 @@ def training_curve_figure(name: str, curve: Sequence[Mapping]) -> Figure:
     return figure
 
 
+def singular_defects_figure(metrics: Mapping) -> Figure:
+    """How dominant the direction of each layer is, where it comes to rest, and with images what it predicts."""
+    rows, has_images = metrics["layers"], metrics["images"] is not None
+    layers = [row["layer"] for row in rows]
+    figure = Figure(figsize=(WIDTH, 5.9 if has_images else 4.3), layout="constrained")
+    panels = figure.subplots(2 + has_images, 1, sharex=True)
+    for axes in panels:
+        _plain_axes(axes)
+        _whole_numbers(axes)
+    title = "Singular defects, by the weights alone"
+    figure.suptitle(f"{title}\n{_short(metrics['model']['name'])}", fontsize=9, x=0.01, ha="left")
+    panels[0].plot(
+        layers, _numbers(rows, "dominance"), "o-", ms=3, color=BLUE, label="largest singular value / second"
+    )
+    # from 1, which is none, to 2 at least, so that the axis has numbers
+    panels[0].set(yscale="log", ylabel="dominance")
+    panels[0].set_ylim(0.9, max(2.2, panels[0].get_ylim()[1]))
+    _logarithmic_numbers(panels[0].yaxis, *panels[0].get_ylim())
+    panels[1].plot(
+        layers, _numbers(rows, "cos_last"), "s-", ms=3, color=GREEN, label="direction, with that of the last layer"
+    )
+    panels[1].plot(
+        layers, _numbers(rows, "cos_previous"), "^:", ms=3, color=PURPLE, label="with that of the layer before"
+    )
+    panels[1].set(ylabel="|cos|", ylim=(-0.03, 1.05))
+    if has_images:
+        _draw_predictions(panels[2], layers, [row["prediction"] for row in rows])
+    panels[-1].set(xlabel="layer")
+    for axes in panels:
+        # above the lines, which can be anywhere
+        axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1)
+    return figure
+
+
+def _draw_predictions(axes: Axes, layers: Sequence[int], predictions: Sequence[Mapping]) -> None:
+    """|cos| of patches with their layer's direction: medians, and bands from 5 % to 95 % of them."""
+    for group, label, colour, marker in (
+        ("outliers", "outlier patches", VERMILION, "s"),
+        ("rest", "other patches", BLUE, "o"),
+    ):
+        values = [each[group] for each in predictions]
+        if values[0]["count"]:
+            bands = (_numbers(values, f"quantile_{share}") for share in ("05", "95"))
+            axes.fill_between(layers, *bands, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(layers, _numbers(values, "median"), "-", marker=marker, ms=3, color=colour, label=label)
+    if predictions[0]["auroc"] is not None:
+        means = _numbers(predictions, "cos_outlier_direction")
+        axes.plot(layers, means, "--", color=ORANGE, label="mean direction of the outliers")
+        axes.plot(layers, _numbers(predictions, "auroc"), ":", color=BLACK, label="AUROC of |cos|")
+    axes.set(ylabel="|cos| with the direction", ylim=(-0.03, 1.05))
+
+
+def _numbers(rows: Sequence[Mapping], key: str) -> list[float]:
+    """With NaN, which leaves a gap, for what there is none of."""
+    return [float("nan") if row[key] is None else row[key] for row in rows]
+
+
 # Maps
 
 
@@ -364,12 +421,16 @@ def _axes(title: str, name: str, height: float = 3.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(f"{title}\n{_short(name)}", fontsize=9, loc="left")
-    axes.tick_params(labelsize=8)
+    _plain_axes(axes)
+    return figure, axes
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.tick_params(which="both", labelsize=8)
     axes.xaxis.label.set_size(8)
     axes.yaxis.label.set_size(8)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _image_grid(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..features import model_hash
+from ..features import VisionEncoder, model_hash
 from ..machine import package_versions
 from .attention import MeanAttention
 from .cost import config_of_same_size, register_cost
@@ -34,9 +34,9 @@ class Measurements:
         return {
             "metrics_version": METRICS_VERSION,
             "versions": package_versions(),
-            "model": self._model(),
-            "images": self._images(),
-            "settings": self._settings(),
+            "model": model_numbers(self.run.encoder),
+            "images": image_numbers(self.run),
+            "settings": settings(self.run),
             "verdict": self._verdict(),
             "thresholds": self._thresholds(),
             "layers": self._layers(),
@@ -50,37 +50,6 @@ class Measurements:
             "cost": self._cost(),
             "notes": self.run.notes,
         }
-
-    def _model(self) -> dict:
-        encoder = self.run.encoder
-        names = ("name", "source", "num_layers", "num_heads", "hidden_size", "patch_size", "has_cls", "num_registers")
-        return {name: getattr(encoder, name) for name in names} | {
-            "num_parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
-            "dtype": str(encoder.dtype).removeprefix("torch."),
-            "sha256": model_hash(encoder.model),
-        }
-
-    def _images(self) -> dict:
-        stream, images = self.run.stream, self.run.images
-        height, width = self.run.size
-        rows, cols = self.run.grid
-        return {
-            "num_images": len(images) - len(stream.unreadable),
-            "num_unreadable": len(stream.unreadable),
-            "unreadable": [
-                {"name": images.name(index), "reason": reason} for index, reason in sorted(stream.unreadable.items())
-            ],
-            "num_classes": len(images.class_names) if images.labels is not None else None,
-            "sha256": stream.sha256,
-            "height": height,
-            "width": width,
-            "rows": rows,
-            "cols": cols,
-        }
-
-    def _settings(self) -> dict:
-        run = self.run
-        return {"threshold": run.threshold, "side": run.side, "layer": run.layer, "seed": run.seed}
 
     def _verdict(self) -> dict:
         layer, side = self.run.layer, self.run.side
@@ -210,6 +179,41 @@ class Measurements:
             str(number): dataclasses.asdict(cost)
             for number, cost in register_cost(config, image_size=self.run.size).items()
         }
+
+
+def model_numbers(encoder: VisionEncoder) -> dict:
+    """What the model is: sizes, dtype, and the hash of its weights."""
+    names = ("name", "source", "num_layers", "num_heads", "hidden_size", "patch_size", "has_cls", "num_registers")
+    return {name: getattr(encoder, name) for name in names} | {
+        "num_parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "sha256": model_hash(encoder.model),
+    }
+
+
+def image_numbers(run: Run) -> dict:
+    """What the images are, after a pass over them."""
+    stream, images = run.stream, run.images
+    height, width = run.size
+    rows, cols = run.grid
+    return {
+        "num_images": len(images) - len(stream.unreadable),
+        "num_unreadable": len(stream.unreadable),
+        "unreadable": [
+            {"name": images.name(index), "reason": reason} for index, reason in sorted(stream.unreadable.items())
+        ],
+        "num_classes": len(images.class_names) if images.labels is not None else None,
+        "sha256": stream.sha256,
+        "height": height,
+        "width": width,
+        "rows": rows,
+        "cols": cols,
+    }
+
+
+def settings(run: Run) -> dict:
+    """What was asked for."""
+    return {"threshold": run.threshold, "side": run.side, "layer": run.layer, "seed": run.seed}
 
 
 def group_separations(groups: NormStatistics, layer: int, side: Side) -> list[Separation]:

@@ -85,7 +85,7 @@ def inspect_model(
     check_output(output, overwrite)
     device = usable_device(device)
     found = find_images(images, max_images, seed)
-    model, checkpoints = _last_checkpoint(model, checkpoints)
+    model, checkpoints = last_checkpoint(model, checkpoints)
     with quiet_loading(), memory_errors():
         encoder = load_vit(model, device=device)
         other = load_vit(compare, device=device) if compare else None
@@ -155,20 +155,17 @@ def _write_figures(folder: Path, inspections: Sequence[Inspection], curve: Seque
         for name, figure in drawn.items():
             path = folder / f"{prefix}{name}.png"
             figures.save_figure(figure, path)
-            images[-1][name] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            images[-1][name] = image_uri(path)
     return images
 
 
 def _page(inspections: Sequence[Inspection], curve: Sequence[Mapping] | None, images: Sequence[dict]) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     metrics = [each.metrics for each in inspections]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        names=[each["model"]["name"] for each in metrics],
+    return render_page(
         sides=[
             {
-                "metrics": each,
+                "name": each["model"]["name"],
+                "has_artifacts": each["verdict"]["has_artifacts"],
                 "images": pictures,
                 "verdict": verdict_sentences(each),
                 "next_steps": next_steps(each),
@@ -180,9 +177,29 @@ def _page(inspections: Sequence[Inspection], curve: Sequence[Mapping] | None, im
         comparison=comparison(metrics),
         curve_image=images[0].get("training_curve") if curve else None,
         sections=sections(metrics, list(dict.fromkeys(name for each in images for name in each))),
-        unreadable=_unreadable(metrics[0]),
-        provenance=_provenance(metrics),
+        unreadable=unreadable_images(metrics[0]),
+        provenance=provenance(metrics),
     )
+
+
+def render_page(*, sides: Sequence[Mapping], **parts: object) -> str:
+    """The template, filled in. Whatever comes from a model, an image or its name is escaped.
+
+    Args:
+        sides: For each model `name`, `has_artifacts`, `images` (URIs by the name of the figure), `verdict` and
+            `next_steps` (sentences).
+        parts: `about_images`, `notes`, `comparison`, `curve_image`, `sections`, `unreadable`, `provenance`.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(names=[side["name"] for side in sides], sides=sides, **parts)
+
+
+def image_uri(path: Path) -> str:
+    """A PNG inside a page."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _about_images(metrics: Mapping) -> str:
@@ -198,27 +215,32 @@ def _about_images(metrics: Mapping) -> str:
     return text
 
 
-def _unreadable(metrics: Mapping) -> list[list[str]]:
+def unreadable_images(metrics: Mapping) -> list[list[str]]:
+    """Names and reasons, below a head; nothing where all could be read."""
     rows = [[each["name"], each["reason"]] for each in metrics["images"]["unreadable"]]
     return [["image", "why"], *rows] if rows else []
 
 
-def _provenance(metrics: Sequence[Mapping]) -> list[list[str]]:
+def provenance(metrics: Sequence[Mapping]) -> list[list[str]]:
+    """What the results of one or more models were computed of and with."""
     first = metrics[0]
-    rows = [["", "value"], ["images, SHA-256", first["images"]["sha256"]]]
+    rows = [["", "value"]]
+    if first["images"]:
+        rows.append(["images, SHA-256", first["images"]["sha256"]])
     for each in metrics:
         model = each["model"]
         words = f"{model['source']}, {model['num_parameters']:,} parameters, {model['dtype']}"
         rows += [[f"model {model['name']}", words], ["its weights, SHA-256", model["sha256"]]]
     rows.append(["versions", ", ".join(f"{name} {number}" for name, number in first["versions"].items())])
-    rows.append(["settings", ", ".join(f"{name} {value}" for name, value in first["settings"].items())])
+    if first["settings"]:
+        rows.append(["settings", ", ".join(f"{name} {value}" for name, value in first["settings"].items())])
     return rows
 
 
 # Loading
 
 
-def _last_checkpoint(model: str | Path, checkpoints: str | Path | None) -> tuple[str | Path, str | Path | None]:
+def last_checkpoint(model: str | Path, checkpoints: str | Path | None) -> tuple[str | Path, str | Path | None]:
     """A folder of checkpoints stands for its last one, and for all of them."""
     if not Path(model).is_dir() or (Path(model) / "config.json").is_file() or checkpoints is not None:
         return model, checkpoints

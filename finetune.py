@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoImageProcessor, pipeline
 
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg.analysis.norms import token_norms
 from hf_vitreg.data.collate import collate, mixing
 from hf_vitreg.data.datasets import (
     IGNORED_LABEL,
@@ -48,6 +49,7 @@ from hf_vitreg.data.transforms import (
     train_transform,
 )
 from hf_vitreg.distributed import derived_seed, is_sharded, require_sharding_as_asked, share_cores
+from hf_vitreg.evaluation.monitoring import patch_outliers
 from hf_vitreg.hub.card import CardFacts
 from hf_vitreg.hub.export import check_can_publish, publish, write_model_repository
 from hf_vitreg.machine import describe_machine
@@ -371,16 +373,26 @@ def train_mode(model: torch.nn.Module, recipe: FinetuneRecipe) -> None:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[str, float]:
-    """Accuracy and cross-entropy over the validation images, each counted once whatever the number of processes."""
+    """Accuracy and cross-entropy over the validation images, each counted once whatever the number of processes.
+
+    And outliers among the norms of patches, which show whether new registers take over.
+    """
     model.eval()
+    num_prefix_tokens = accelerator.unwrap_model(model).config.num_prefix_tokens
     accuracy = Accuracy(keep_in_memory=True)
+    patch_norms = []
     total_loss = 0.0
     num_images = 0
     for batch in main_process_tqdm(loader, desc="validating", unit="batch", leave=False):
         with accelerator.autocast():
-            logits = model(pixel_values=batch["pixel_values"]).logits.float()
+            outputs = model(pixel_values=batch["pixel_values"], output_hidden_states=[-1])
+        logits = outputs.logits.float()
+        norms = token_norms(outputs.hidden_states[-1][:, num_prefix_tokens:])
         losses = functional.cross_entropy(logits, batch["labels"], reduction="none", ignore_index=IGNORED_LABEL)
-        predictions, labels, losses = accelerator.gather_for_metrics((logits.argmax(dim=-1), batch["labels"], losses))
+        predictions, labels, losses, norms = accelerator.gather_for_metrics(
+            (logits.argmax(dim=-1), batch["labels"], losses, norms)
+        )
+        patch_norms.append(norms.cpu())
         accuracy.add_batch(predictions=predictions.cpu(), references=labels.cpu())
         total_loss += losses.sum().item()
         num_images += (labels != IGNORED_LABEL).sum().item()
@@ -388,6 +400,7 @@ def evaluate(model: torch.nn.Module, loader, accelerator: Accelerator) -> dict[s
         "validation_accuracy": accuracy.compute()["accuracy"],
         "validation_loss": total_loss / num_images,
         "validation_images": num_images,
+        **patch_outliers(torch.cat(patch_norms)),
     }
 
 

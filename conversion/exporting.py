@@ -53,6 +53,7 @@ DINOV2_HAS = {
     "mlp_bias": (True, "the MLP has biases"),
     "use_qk_norm": (False, "queries and keys are not normed"),
     "projection_dim": (None, "nothing is projected"),
+    "num_test_time_registers": (0, "every register is trained, and no neuron is shifted to one"),
 }
 
 

@@ -225,6 +225,8 @@ def _check_can_be_held(config: ViTRegConfig, is_classifier: bool):
         'a norm of their own for CLS and registers (final_norm="untied")': config.final_norm == "untied",
         f'a classifier with classifier_layout="{layout}" (there are {", ".join(readable)})': is_classifier
         and layout not in readable,
+        f"test-time registers (num_test_time_registers={config.num_test_time_registers}; it can do so by hooks: "
+        "attach_test_time_registers)": config.num_test_time_registers > 0,
         "registers together with a distillation token": is_distilled and has_registers,
         "a distillation token without a position": is_distilled and config.position_embedding_type != "prefix_patches",
         'a distillation token and final_norm="pooled"': is_distilled and config.final_norm == "pooled",

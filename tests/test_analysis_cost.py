@@ -63,3 +63,9 @@ def test_config_is_left_as_it_was():
 def test_negative_numbers_are_refused():
     with pytest.raises(ValueError, match="must be 0 or more, got 4, -1"):
         register_cost(tiny_config(), numbers=(4, -1))
+
+
+def test_a_model_with_test_time_registers_costs_what_its_sizes_do():
+    plain = tiny_config(num_register_tokens=0)
+    shifted = tiny_config(num_register_tokens=2, num_test_time_registers=2, register_neurons={1: [3, 0]})
+    assert register_cost(shifted) == register_cost(plain)

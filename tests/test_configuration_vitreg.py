@@ -9,6 +9,9 @@ from reference import COLS, NUM_REGISTERS, ROPE, ROWS, VARIANTS, WITHOUT_CLS, ti
 from hf_vitreg import ViTRegConfig, ViTRegModel
 
 
+TEST_TIME = {"num_test_time_registers": 2, "register_neurons": {1: [3]}}
+
+
 def test_defaults_are_vit_base_with_four_registers():
     config = ViTRegConfig()
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (768, 12, 12)
@@ -33,6 +36,7 @@ def test_prefix_is_cls_and_the_registers(num_register_tokens):
         (VARIANTS["attended"], 5, 0),
         (VARIANTS["mean"], 5, 5),
         ({**VARIANTS["mean"], "num_register_tokens": 0}, 0, 0),
+        ({"position_embedding_type": "prefix_patches", **TEST_TIME}, 6, 4),
     ],
 )
 def test_prefix_is_cls_distillation_and_registers_as_the_last(values, num_prefix_tokens, num_prefix_positions):
@@ -163,11 +167,30 @@ def test_configs_share_no_auto_map():
             'final_norm="pooled" has weights that only classifier_layout="pooled" reads.*cls_mean',
         ),
         ({"pooler_type": "map", "classifier_layout": "cls"}, 'pooler_type="map" has weights.*classifier_layout="cls"'),
+        ({"num_test_time_registers": -1}, "num_test_time_registers must be 0 to num_register_tokens=5.*got -1"),
+        ({**TEST_TIME, "num_test_time_registers": 6}, "must be 0 to num_register_tokens=5.*got 6"),
+        ({"num_test_time_registers": 2}, "num_test_time_registers=2 and register_neurons=None do not go together"),
+        ({**TEST_TIME, "register_neurons": {1: []}}, "there must be both or neither"),
+        ({"register_neurons": {1: [3]}}, "num_test_time_registers=0 and .* do not go together"),
+        ({**TEST_TIME, "register_neurons": {5: [3]}}, "register_neurons are of layers 0 to 4.*got 5"),
+        ({**TEST_TIME, "register_neurons": {-1: [3]}}, "register_neurons are of layers 0 to 4.*got -1"),
+        ({**TEST_TIME, "register_neurons": {1: [3, -2, 192]}}, "of layer 1 are 0 to 191.*got -2, 192"),
+        ({**TEST_TIME, "register_neurons": {1: [3, 7, 3]}}, r"of layer 1 must be different ones, got \[3, 7, 3\]"),
+        ({**TEST_TIME, "register_neurons": {"first": [3]}}, r"go from layers, as numbers.*got \['first'\]"),
+        ({**TEST_TIME, "register_neurons": {"1": [3], "01": [4]}}, "have a layer twice"),
     ],
 )
 def test_impossible_values_are_refused_with_the_remedy(values, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**values)
+
+
+def test_layers_of_register_neurons_are_numbers_after_json_too(tmp_path):
+    config = tiny_config(num_test_time_registers=1, register_neurons={"3": [5, 2], "1": []})
+    assert config.register_neurons == {3: [5, 2], 1: []}
+    config.save_pretrained(tmp_path)
+    assert ViTRegConfig.from_pretrained(tmp_path).register_neurons == {3: [5, 2], 1: []}
+    assert json.loads(config.to_json_string())["register_neurons"] == {"3": [5, 2], "1": []}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +207,9 @@ def test_impossible_values_are_refused_with_the_remedy(values, message):
         {"projection_dim": 1.5},
         {"image_size": "224"},
         {"use_mask_token": "yes"},
+        {"num_test_time_registers": "1"},
+        {"register_neurons": [[1, 3]]},
+        {"register_neuron_reduce": "image"},
     ],
 )
 def test_wrong_types_and_unknown_modes_are_refused(values):

@@ -195,6 +195,10 @@ REFUSED = {
     "keys without bias": ({"key_bias": False}, "key_bias=False: in the original DINOv2 queries, keys and values all"),
     "normed queries": ({"use_qk_norm": True}, "use_qk_norm=True"),
     "projected": ({"projection_dim": 5}, "projection_dim=5"),
+    "test-time registers": (
+        {"num_register_tokens": 1, "num_test_time_registers": 1, "register_neurons": {1: [3]}},
+        "num_test_time_registers=1: in the original DINOv2 every register is trained",
+    ),
     "not square": ({"image_size": (35, 21)}, r"image_size=.35, 21.: the original DINOv2 takes position embeddings"),
 }
 REFUSED_BY_THE_ORIGINAL = {

@@ -246,6 +246,10 @@ REFUSED = {
         ViTRegModel,
         {"use_distillation_token": True, "num_register_tokens": 3, "position_embedding_type": "prefix_patches"},
     ),
+    "test-time registers .num_test_time_registers=1": (
+        ViTRegModel,
+        {"num_register_tokens": 3, "num_test_time_registers": 1, "register_neurons": {1: [3]}},
+    ),
     "a distillation token without a position": (
         ViTRegModel,
         {"use_distillation_token": True, "position_embedding_type": "patches"},

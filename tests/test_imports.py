@@ -69,6 +69,10 @@ ALLOWED = {
     "analysis": TOOL,
     # what neurons make artifacts is what analysis says is one
     "registers": {*TOOL, "analysis"},
+    # a model that got registers is written as a repository, with what its card said
+    "registers.source": {*TOOL, "hub"},
+    "registers.distill": {*MODEL, "registers", "registers.source"},
+    "registers.give": {*TOOL, "analysis", "hub", "registers", "registers.source", "registers.distill"},
 }
 # puts together what everything below it offers
 ALLOWED["pretraining"] = set(ALLOWED)

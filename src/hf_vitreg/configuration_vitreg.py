@@ -58,10 +58,22 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     use_distillation_token (`bool`, *optional*, defaults to `False`):
         Whether a distillation token follows CLS (DeiT). It is no register: it has a position and a classifier.
     num_register_tokens (`int`, *optional*, defaults to 4):
-        Number of register tokens, 0 or more. They stand before the patches, after CLS.
+        Number of register tokens, 0 or more, test-time registers among them. They stand before the patches, after
+        CLS.
     register_init_std (`float`, *optional*, defaults to 1e-06):
         Standard deviation of the registers (and of CLS) at initialization. Must be positive: registers that start
         equal get equal gradients and stay one register.
+    num_test_time_registers (`int`, *optional*, defaults to 0):
+        How many of the registers, the last ones, were not trained (Jiang et al., 2025): tokens of zeros without a
+        parameter and without a position, which receive what the `register_neurons` would have given to patches.
+    register_neurons (`dict[int, list[int]]`, *optional*):
+        The neurons whose activations are shifted to the test-time registers: from a layer, counted from 0, to
+        channels between the activation and the last linear map of its MLP. JSON makes the layers strings, which are
+        turned back into numbers.
+    register_neuron_reduce (`str`, *optional*, defaults to `"neuron"`):
+        What a test-time register receives: of each neuron its own activation of the largest magnitude over the tokens
+        (`"neuron"`), or of all neurons of a layer the one that is largest among them (`"layer"`, as the code does that
+        was published with the paper).
     use_mask_token (`bool`, *optional*, defaults to `False`):
         Whether the model has a mask token, for masked image modelling.
     position_embedding_type (`str`, *optional*, defaults to `"cls_patches"`):
@@ -169,6 +181,9 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     use_distillation_token: bool = False
     num_register_tokens: int = 4
     register_init_std: float = 1e-6
+    num_test_time_registers: int = 0
+    register_neurons: dict[int, list[int]] | dict[str, list[int]] | None = None
+    register_neuron_reduce: Literal["neuron", "layer"] = "neuron"
     use_mask_token: bool = False
     position_embedding_type: Literal["cls_patches", "patches", "prefix_patches", "rope"] = "cls_patches"
     rope_theta: float | int = 100.0
@@ -194,12 +209,14 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     return_prefix_tokens: bool = False
 
     def __post_init__(self, **kwargs):
-        # `strict` calls it too, later and when saved, but wraps its ValueError in one of its own
-        self.validate_vitreg()
         if self.intermediate_size is None:
             self.intermediate_size = int(self.hidden_size * self.mlp_ratio)
             if self.use_swiglu_ffn:
                 self.intermediate_size = (int(self.intermediate_size * 2 / 3) + 7) // 8 * 8
+        if self.register_neurons is not None:
+            self.register_neurons = _layers_as_numbers(self.register_neurons)
+        # `strict` calls it too, later and when saved, but wraps its ValueError in one of its own
+        self.validate_vitreg()
         self.stage_names = ["stem"] + [f"stage{idx}" for idx in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
@@ -220,7 +237,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def num_prefix_positions(self) -> int:
         """Number of these that have a learned position embedding."""
-        positions = {"cls_patches": 1, "prefix_patches": self.num_prefix_tokens}
+        positions = {"cls_patches": 1, "prefix_patches": self.num_prefix_tokens - self.num_test_time_registers}
         return positions.get(self.position_embedding_type, 0)
 
     @property
@@ -252,6 +269,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"register_init_std must be positive, got {self.register_init_std}: registers that start equal stay "
                 "equal. DINOv2 uses 1e-6, DINOv3 0.02."
             )
+        self._validate_test_time_registers()
         for name in ("patch_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
@@ -289,6 +307,35 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
                 'final_norm="none" does not give. Choose "cls", "cls_mean" or "pooled".'
             )
 
+    def _validate_test_time_registers(self):
+        """Raises `ValueError` for neurons that there are not, and where nothing is shifted or nothing receives it."""
+        number, total = self.num_test_time_registers, self.num_register_tokens
+        if not 0 <= number <= total:
+            raise ValueError(
+                f"num_test_time_registers must be 0 to num_register_tokens={total}, of which they are the last, got "
+                f"{number}."
+            )
+        layers = self.register_neurons or {}
+        if bool(number) != any(layers.values()):
+            raise ValueError(
+                f"num_test_time_registers={number} and register_neurons={self.register_neurons} do not go together: "
+                "test-time registers receive what register neurons give, and there must be both or neither."
+            )
+        for layer, neurons in layers.items():
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"register_neurons are of layers 0 to {self.num_hidden_layers - 1}, num_hidden_layers less 1, got "
+                    f"{layer}."
+                )
+            if len(set(neurons)) != len(neurons):
+                raise ValueError(f"register_neurons of layer {layer} must be different ones, got {neurons}.")
+            wrong = [neuron for neuron in neurons if not 0 <= neuron < self.intermediate_size]
+            if wrong:
+                raise ValueError(
+                    f"register_neurons of layer {layer} are 0 to {self.intermediate_size - 1}, intermediate_size less "
+                    f"1, got {', '.join(map(str, wrong))}."
+                )
+
     def _validate_readers(self):
         """Raises `ValueError` where something reads a token that there is not, or nothing reads a pooler."""
         needs = {
@@ -311,6 +358,17 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
                     f'{name} has weights that only classifier_layout="pooled" reads, got '
                     f'classifier_layout="{self.classifier_layout}".'
                 )
+
+
+def _layers_as_numbers(neurons: dict[int, list[int]] | dict[str, list[int]]) -> dict[int, list[int]]:
+    """As they were before JSON made the layers strings. Raises `ValueError` for what is no number, or comes twice."""
+    try:
+        layers = {int(layer): list(each) for layer, each in neurons.items()}
+    except ValueError:
+        raise ValueError(f"register_neurons go from layers, as numbers, to neurons, got {list(neurons)}.") from None
+    if len(layers) < len(neurons):
+        raise ValueError(f"register_neurons have a layer twice: {list(neurons)}.")
+    return layers
 
 
 __all__ = ["ViTRegConfig"]

@@ -167,16 +167,55 @@ class VisionEncoder:
 
         `None` where a layer is not one attention and one MLP, as timm's parallel blocks.
         """
-        block = self._layers[0]
-        attention = getattr(block, self._layout.attention, None)
-        if attention is None:
-            return None
-        projections = set(attention.modules())
-        linears = [each for each in block.modules() if isinstance(each, nn.Linear) and each not in projections]
-        if len(linears) not in (2, 3):
+        linears = self._linears_of_mlp(self.blocks[0])
+        if not linears:
             return None
         *up, down = linears
         return down.in_features, sum(each.out_features for each in up) == 2 * down.in_features
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The layers themselves, in their order."""
+        return self.model.get_submodule(self._layout.layers)
+
+    def mlps(self) -> list[tuple[nn.Module, nn.Linear]]:
+        """The MLP of every layer, and its last linear map, whose inputs are its neurons.
+
+        Raises:
+            ValueError: where a layer is not one attention and one MLP.
+        """
+        found = []
+        for index, block in enumerate(self.blocks):
+            linears = self._linears_of_mlp(block)
+            if not linears:
+                raise ValueError(
+                    f"Layer {index} of {self.name}, a {type(block).__name__}, is not one attention and one MLP of two "
+                    "or three linear maps, so that it has no neurons to look at. Adapters must be merged first."
+                )
+            mlp = next(each for each in block.modules() if any(child is linears[-1] for child in each.children()))
+            found.append((mlp, linears[-1]))
+        return found
+
+    def attention_modules(self) -> list[nn.Module | None]:
+        """The attention of every layer, `None` where it is not one module."""
+        return [getattr(block, self._layout.attention, None) for block in self.blocks]
+
+    def pre_norm(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens as they enter the first layer, of tokens that have their positions: CLIP norms them.
+
+        For models of transformers and timm; ViTReg's embeddings do it themselves.
+        """
+        norm = None if self._layout.pre_norm is None else getattr(self.model, self._layout.pre_norm, None)
+        return tokens if norm is None else norm(tokens)
+
+    def _linears_of_mlp(self, block: nn.Module) -> list[nn.Linear]:
+        """In their order, nothing where the layer is not one attention and one MLP."""
+        attention = getattr(block, self._layout.attention, None)
+        if attention is None:
+            return []
+        projections = set(attention.modules())
+        linears = [each for each in block.modules() if isinstance(each, nn.Linear) and each not in projections]
+        return linears if len(linears) in (2, 3) else []
 
     def split(self, tokens: torch.Tensor) -> Tokens:
         """Tokens of any layer, `(batch_size, tokens, hidden_size)`, by what they are. Views, no copies."""
@@ -257,9 +296,9 @@ class VisionEncoder:
                 stack.enter_context(patch_embeddings.register_forward_hook(partial(show_patches, on_patches)))
             if on_attention is not None:
                 stack.enter_context(through_sdpa(self.model))
-                stack.enter_context(AttentionObserver(self._layers, partial(self._show_attention, on_attention)))
+                stack.enter_context(AttentionObserver(self.blocks, partial(self._show_attention, on_attention)))
             if on_layer is not None:
-                for index, layer in enumerate(self._layers):
+                for index, layer in enumerate(self.blocks):
                     stack.enter_context(layer.register_forward_hook(partial(show_output, on_layer, index)))
             self._forward(pixel_values)
 
@@ -361,16 +400,12 @@ class VisionEncoder:
             return tokens
 
         if layer is None:
-            hook = self._layers[0].register_forward_pre_hook(lambda _, args: (replaced(args[0]), *args[1:]))
+            hook = self.blocks[0].register_forward_pre_hook(lambda _, args: (replaced(args[0]), *args[1:]))
         else:
-            block = self._layers[self.layer_index(layer)]
+            block = self.blocks[self.layer_index(layer)]
             hook = block.register_forward_hook(lambda module, args, tokens: replaced(tokens))
         with hook:
             yield
-
-    @property
-    def _layers(self) -> nn.Module:
-        return self.model.get_submodule(self._layout.layers)
 
     def layer_index(self, layer: int) -> int:
         """A layer counted from 0, given so or from the end. Raises `ValueError` where it does not exist."""
@@ -440,7 +475,7 @@ class VisionEncoder:
         for facet in facets:
             if facet not in ("query", "key", "value"):
                 raise ValueError(f'facet must be "query", "key" or "value", got {facet!r}.')
-        block = self._layers[self.layer_index(layer)]
+        block = self.blocks[self.layer_index(layer)]
         attention = getattr(block, self._layout.attention, None)
         if attention is None:
             raise ValueError(f"{type(block).__name__} of {self.name} has no projection to a {facets[0]} alone.")

@@ -18,7 +18,7 @@ registers, and CLS may be absent. Registers are left out of every mean and every
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,9 +156,10 @@ class ViTRegEmbeddings(nn.Module):
         if config.use_distillation_token:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.register_tokens = None
+        num_trained_registers = config.num_register_tokens - config.num_test_time_registers
         # CODEPATH: DINOv2, DeiT-III and OpenCLIP were published without registers first
-        if config.num_register_tokens > 0:
-            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        if num_trained_registers > 0:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_trained_registers, config.hidden_size))
         # A parameter that no forward uses stops distributed training, hence the switch.
         # CODEPATH: self-supervised pretraining (DINOv2) masks patches, classifiers do not
         self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.use_mask_token else None
@@ -177,6 +178,9 @@ class ViTRegEmbeddings(nn.Module):
         prefix = [self.cls_token, self.distillation_token, self.register_tokens]
         prefix = [tokens for tokens in prefix if tokens is not None]
         weight = self.patch_embeddings.projection.weight
+        # CODEPATH: test-time registers (Jiang et al., 2025) are zeros
+        if self.config.num_test_time_registers > 0:
+            prefix.append(weight.new_zeros(1, self.config.num_test_time_registers, patches.shape[-1]))
         prefix = torch.cat(prefix, dim=1) if prefix else weight.new_empty(1, 0, patches.shape[-1])
         tokens = [prefix, patches]
         if self.position_embeddings is not None:
@@ -455,9 +459,72 @@ def _may_overwrite(producer: nn.Module) -> bool:
     return type(producer) is nn.Linear and not torch.is_grad_enabled() and not watched
 
 
-class ViTRegMLP(nn.Module):
-    def __init__(self, config: ViTRegConfig):
+class ViTRegNeuronShift(nn.Module):
+    """Shifts register neurons from the patches to the test-time registers (Jiang et al., 2025, algorithm 2).
+
+    A test-time register receives of each neuron the activation of the largest magnitude, with its sign, over all
+    tokens of its image; with `reduce="layer"` of all neurons the one that is largest among them. The patches get 0.
+    What stands before the test-time registers keeps what it has: the published code leaves CLS alone, and a
+    distillation token and trained registers, which its models have not, are like CLS no part of the image that an
+    artifact could hide.
+
+    `(batch_size, tokens, num_channels) -> (batch_size, tokens, num_channels)`
+
+    Args:
+        neurons (`Sequence[int]`):
+            The channels.
+        num_kept (`int`):
+            Number of tokens before the test-time registers.
+        num_registers (`int`):
+            Number of test-time registers, after which the patches begin.
+        reduce (`str`):
+            `"neuron"` or `"layer"`.
+    """
+
+    neurons: torch.Tensor
+
+    def __init__(self, neurons: Sequence[int], num_kept: int, num_registers: int, reduce: str):
         super().__init__()
+        self.num_kept = num_kept
+        self.num_registers = num_registers
+        self.reduced_axes = (1,) if reduce == "neuron" else (1, 2)
+        self.initial_neurons = tuple(neurons)
+        # the config has them, so they are not stored with the weights
+        self.neurons = nn.Buffer(torch.tensor(self.initial_neurons), persistent=False)
+
+    def forward(self, activations: torch.Tensor, may_overwrite: bool = False) -> torch.Tensor:
+        if activations.ndim != 3:
+            raise ValueError(
+                "Test-time registers need all tokens of an image together, (batch_size, tokens, channels), got "
+                f"{tuple(activations.shape)}. Do not pack images or pick tokens in a layer with register neurons."
+            )
+        chosen = activations.index_select(-1, self.neurons)
+        kept, _, patches = chosen.tensor_split([self.num_kept, self.num_kept + self.num_registers], dim=1)
+        high, low = chosen.amax(self.reduced_axes, keepdim=True), chosen.amin(self.reduced_axes, keepdim=True)
+        largest = torch.where(high > -low, high, low).expand(-1, self.num_registers, chosen.shape[-1])
+        shifted = torch.cat([kept, largest, torch.zeros_like(patches)], dim=1)
+        # not where autograd may have kept them, which some activations ask for
+        if may_overwrite:
+            return activations.index_copy_(-1, self.neurons, shifted)
+        return activations.index_copy(-1, self.neurons, shifted)
+
+    def extra_repr(self) -> str:
+        return f"num_neurons={len(self.initial_neurons)}, num_registers={self.num_registers}"
+
+
+def neuron_shift(config: ViTRegConfig, layer_idx: int | None) -> ViTRegNeuronShift | None:
+    """Of a layer, counted from 0; `None` where none of its neurons is shifted."""
+    neurons = (config.register_neurons or {}).get(layer_idx)
+    if not neurons:
+        return None
+    number = config.num_test_time_registers
+    return ViTRegNeuronShift(neurons, config.num_prefix_tokens - number, number, config.register_neuron_reduce)
+
+
+class ViTRegMLP(nn.Module):
+    def __init__(self, config: ViTRegConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.shift = neuron_shift(config, layer_idx)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -466,25 +533,36 @@ class ViTRegMLP(nn.Module):
         hidden_states = self.fc1(hidden_states)
         activation_fn = self.activation_fn
         hooked = activation_fn._forward_hooks or activation_fn._forward_pre_hooks
-        if type(activation_fn) is GELUActivation and not hooked and _may_overwrite(self.fc1):
+        may_overwrite = not hooked and _may_overwrite(self.fc1)
+        if type(activation_fn) is GELUActivation and may_overwrite:
             hidden_states = torch.ops.aten.gelu_(hidden_states)
         else:
             hidden_states = activation_fn(hidden_states)
+        # CODEPATH: layers with register neurons of a model with test-time registers
+        if self.shift is not None:
+            hidden_states = self.shift(hidden_states, may_overwrite)
         return self.fc2(hidden_states)
 
 
 class ViTRegSwiGLUFFN(nn.Module):
-    def __init__(self, config: ViTRegConfig):
+    def __init__(self, config: ViTRegConfig, layer_idx: int | None = None):
         super().__init__()
+        self.shift = neuron_shift(config, layer_idx)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        if _may_overwrite(self.gate_proj):
-            return self.down_proj(nn.functional.silu(gate, inplace=True).mul_(up))
-        return self.down_proj(nn.functional.silu(gate) * up)
+        may_overwrite = _may_overwrite(self.gate_proj)
+        if may_overwrite:
+            hidden_states = nn.functional.silu(gate, inplace=True).mul_(up)
+        else:
+            hidden_states = nn.functional.silu(gate) * up
+        # CODEPATH: layers with register neurons of a model with test-time registers
+        if self.shift is not None:
+            hidden_states = self.shift(hidden_states, may_overwrite)
+        return self.down_proj(hidden_states)
 
 
 class ViTRegResidual(nn.Module):
@@ -527,7 +605,8 @@ class ViTRegLayer(GradientCheckpointingLayer):
         self.residual1 = ViTRegResidual(config, drop_prob)
         self.norm2 = _layer_norm(config)
         # CODEPATH: DINOv2 g/14 is SwiGLU, S, B and L are GELU
-        self.mlp = ViTRegSwiGLUFFN(config) if config.use_swiglu_ffn else ViTRegMLP(config)
+        mlp_class = ViTRegSwiGLUFFN if config.use_swiglu_ffn else ViTRegMLP
+        self.mlp = mlp_class(config, layer_idx)
         self.residual2 = ViTRegResidual(config, drop_prob)
 
     def forward(
@@ -582,6 +661,8 @@ class ViTRegPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.mask_token)
         elif isinstance(module, ViTRegRotaryEmbeddings):
             init.copy_(module.periods, module.initial_periods())
+        elif isinstance(module, ViTRegNeuronShift):
+            init.copy_(module.neurons, torch.tensor(module.initial_neurons))
         elif isinstance(module, ViTRegAttentionPooling):
             init.trunc_normal_(module.latent, std=std)
         elif isinstance(module, ViTRegResidual) and module.lambda1 is not None:

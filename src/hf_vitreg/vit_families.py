@@ -16,20 +16,25 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a class of models keeps its parts, and whether it must be asked to resize its position embeddings."""
+    """Where a class of models keeps its parts, and whether it must be asked to resize its position embeddings.
+
+    The norm before the first layer is there where somebody else's model may have one.
+    """
 
     layers: str
     attention: str
     patch_embeddings: str
     final_norm: str
     asks_to_resize: bool = False
+    pre_norm: str | None = None
 
 
 _VITREG = Layout("encoder.layer", "attention", "embeddings.patch_embeddings", "layernorm")
 _DINOV3 = replace(_VITREG, layers="model.layer", final_norm="norm")
 _VIT = replace(_VITREG, layers="layers", asks_to_resize=True)
-_CLIP = Layout("encoder.layers", "self_attn", "embeddings.patch_embedding", "post_layernorm", asks_to_resize=True)
-_TIMM = Layout("blocks", "attn", "patch_embed", "norm")
+_SIGLIP = Layout("encoder.layers", "self_attn", "embeddings.patch_embedding", "post_layernorm", asks_to_resize=True)
+_CLIP = replace(_SIGLIP, pre_norm="pre_layrnorm")
+_TIMM = Layout("blocks", "attn", "patch_embed", "norm", pre_norm="norm_pre")
 # By package and class, so that no family is imported to find another. A class of the same name elsewhere, as
 # torchvision's VisionTransformer, is another model.
 LAYOUTS = {
@@ -43,7 +48,7 @@ LAYOUTS = {
     "transformers.Dinov2WithRegistersModel": _VITREG,
     "transformers.DINOv3ViTModel": _DINOV3,
     "transformers.CLIPVisionModel": _CLIP,
-    "transformers.SiglipVisionModel": _CLIP,
+    "transformers.SiglipVisionModel": _SIGLIP,
     "timm.VisionTransformer": _TIMM,
     "timm.Eva": _TIMM,
 }

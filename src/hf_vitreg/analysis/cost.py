@@ -75,6 +75,7 @@ def _size(config: ViTRegConfig, num_register_tokens: int, image_size: tuple[int,
     """Parameters, and FLOPs of one image."""
     config = copy.deepcopy(config)
     config.num_register_tokens = num_register_tokens
+    config.num_test_time_registers, config.register_neurons = 0, None  # whose shift costs no FLOPs
     config._attn_implementation = "eager"  # its products are counted on every device
     if image_size is None:
         image_size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size

@@ -39,11 +39,12 @@ class MetricsLog:
 
 
 def plot_curves(records: list[dict], path: Path, title: str) -> None:
-    """Loss (training and validation) and validation accuracy over the steps, as PNG."""
+    """Loss (training and validation), validation accuracy and outliers among the norms over the steps, as PNG."""
     losses = {"train_loss": "training, augmented", "validation_loss": "validation"}
-    with _figure(path, title, num_panels=2) as (loss_axes, accuracy_axes):
+    with _figure(path, title, num_panels=3) as (loss_axes, accuracy_axes, norm_axes):
         _panel(loss_axes, "Cross-entropy", "nats", {label: points(records, name) for name, label in losses.items()})
         _accuracy_panel(accuracy_axes, {"Validation accuracy": points(records, "validation_accuracy")})
+        _norm_panel(norm_axes, records)
 
 
 def plot_pretraining_curves(records: list[dict], path: Path, title: str) -> None:
@@ -57,16 +58,14 @@ def plot_pretraining_curves(records: list[dict], path: Path, title: str) -> None
         "Validation accuracy": points(records, "validation_accuracy"),
         "Zero-shot accuracy": points(records, "zero_shot_accuracy"),
     }
-    outliers, rate = points(records, "outlier_share"), points(records, "images_per_second")
+    rate = points(records, "images_per_second")
     with _figure(path, title, num_panels=4) as (loss_axes, accuracy_axes, norm_axes, speed_axes):
         _panel(loss_axes, "Losses", "loss", {name.replace("_", " "): points(records, name) for name in losses})
         _accuracy_panel(accuracy_axes, accuracies)
-        _panel(norm_axes, "Norms of patches", "share that are outliers", {"outliers": outliers}, marker="o")
-        _second_scale(norm_axes, "largest over median", points(records, "max_norm_ratio"))
+        _norm_panel(norm_axes, records)
         _panel(speed_axes, "Speed", "images a second", {"images a second": rate})
         _second_scale(speed_axes, "share of the device's operations", points(records, "mfu"))
-        for axes in (norm_axes, speed_axes):
-            axes.set_ylim(0, None)
+        speed_axes.set_ylim(0, None)
 
 
 Points = list[tuple[int, float]]
@@ -79,12 +78,13 @@ def points(records: list[dict], name: str) -> Points:
 
 @contextlib.contextmanager
 def _figure(path: Path, title: str, num_panels: int) -> Iterator[Sequence]:
-    """Panels, two in a row; written when the block ends."""
+    """Panels, up to three in a row or two in several; written when the block ends."""
     from matplotlib.figure import Figure
 
-    num_rows = math.ceil(num_panels / 2)
-    figure = Figure(figsize=(9, 0.2 + 3.4 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, 2).flatten()
+    num_cols = num_panels if num_panels <= 3 else 2
+    num_rows = math.ceil(num_panels / num_cols)
+    figure = Figure(figsize=(4.5 * num_cols, 0.2 + 3.4 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, num_cols).flatten()
     yield panels
     for axes in panels:
         axes.set_xlabel("optimizer step")
@@ -111,6 +111,14 @@ def _accuracy_panel(axes, curves: Mapping[str, Points]) -> None:
         best_step, best = max(curve, key=lambda point: point[1])
         axes.axhline(best, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(f"{label}, best {best:.4f} at step {best_step}")
+
+
+def _norm_panel(axes, records: list[dict]) -> None:
+    """Outliers among the norms of patches."""
+    outliers = points(records, "outlier_share")
+    _panel(axes, "Norms of patches", "share that are outliers", {"outliers": outliers}, marker="o")
+    _second_scale(axes, "largest over median", points(records, "max_norm_ratio"))
+    axes.set_ylim(0, None)
 
 
 def _second_scale(axes, label: str, curve: Points) -> None:

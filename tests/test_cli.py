@@ -6,6 +6,7 @@ import json
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -19,10 +20,12 @@ from typer.testing import CliRunner
 
 import hf_vitreg
 from hf_vitreg import cli
-from hf_vitreg.analysis import report
+from hf_vitreg.analysis import defect_report, report
 from hf_vitreg.evaluation import evaluate as evaluation
 from hf_vitreg.evaluation.options import EvaluationOptions
 from hf_vitreg.hub import export
+from hf_vitreg.registers import give
+from hf_vitreg.registers.options import RegisterOptions
 
 
 def run(*arguments):
@@ -157,6 +160,120 @@ def test_inspect_says_in_one_line_what_is_wrong(tmp_path):
         f"Error: There is no image in {tmp_path}"
     )
     assert run("inspect", "model", "--images", tmp_path).exit_code == 2, "usage"
+    done = run("inspect", "model", "--output", tmp_path / "report")
+    assert done.exit_code == 2 and "--weights-only" in done.stderr
+
+
+def test_inspect_of_weights_prints_the_table_and_makes_a_report(model, tmp_path):
+    done = run("inspect", model, "--weights-only", "--output", tmp_path / "report")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "dominance" in done.stdout and "AUROC" not in done.stdout
+    assert "After layer 5 the weights stretch one direction" in done.stdout
+    assert done.stdout.endswith(f"{tmp_path / 'report' / 'report.html'}\n")
+    again = run("inspect", model, "--weights-only", "--output", tmp_path / "report")
+    assert again.exit_code == 1 and again.stderr.startswith("Error: There is a report in")
+
+
+def test_inspect_of_weights_needs_no_folder(model):
+    done = run("inspect", "--weights-only", model)
+    assert done.exit_code == 0, done.output
+    assert "After layer 5 the weights stretch one direction" in done.stdout and "report.html" not in done.stdout
+
+
+def test_inspect_of_images_needs_a_folder(model):
+    done = run("inspect", model, "--images", "photos")
+    assert done.exit_code == 2 and "--output" in done.stderr
+
+
+def test_inspect_of_weights_hands_on_what_was_given(tmp_path, monkeypatch):
+    calls = []
+
+    class Report:
+        verdict, page = ("One.", "Two."), tmp_path / "report.html"
+
+        def show(self):
+            print("table")
+
+    def inspect_weights(*args, **kwargs):
+        calls.append((args, kwargs))
+        return Report()
+
+    monkeypatch.setattr(defect_report, "inspect_weights", inspect_weights)
+    options = "--weights-only --images photos --threshold 150 --side low --layer 7 --size 448x672 --max-images 9"
+    options += " --batch-size 5 --seed 3 --device cpu --overwrite"
+    done = run("inspect", "model", "--output", tmp_path, *options.split())
+    assert done.stdout == f"table\nmodel: One. Two.\n{tmp_path / 'report.html'}\n"
+    given = {
+        "threshold": 150.0,
+        "side": "low",
+        "layer": 7,
+        "size": (448, 672),
+        "max_images": 9,
+        "batch_size": 5,
+        "seed": 3,
+        "device": "cpu",
+        "overwrite": True,
+        "progress": True,
+    }
+    assert calls == [(("model", tmp_path, ["photos"]), given)]
+    for option in ("--compare=other", "--checkpoints=runs", "--all-layers"):
+        done = run("inspect", "model", "--weights-only", "--output", tmp_path, option)
+        assert done.exit_code == 2 and "goes without" in done.stderr
+
+
+# registers
+
+
+def test_registers_has_an_option_for_every_setting_with_its_default():
+    parameters = inspect.signature(cli.registers).parameters
+    defaults = {name: each.default for name, each in parameters.items() if name not in cli.NO_SETTINGS}
+    assert {**defaults, "arguments": ()} == vars(RegisterOptions())
+
+
+def test_registers_hands_on_what_was_given_and_prints_whether_it_worked(tmp_path, monkeypatch):
+    calls, sentences = [], ["No success: outliers stayed.", "The norm went from 3 to 3."]
+
+    def give_registers(*args, **kwargs):
+        calls.append((args, kwargs))
+        effect = SimpleNamespace(sentences=lambda: sentences) if args[3] else None
+        return give.Given(tmp_path, "4 new registers.", effect, ("Train it on.",))
+
+    monkeypatch.setattr(give, "give_registers", give_registers)
+    done = run("registers", "model", tmp_path, "--method", "warm-start")
+    expected = ["4 new registers.", "Not compared with the model before: no images were given.", "Train it on."]
+    assert (done.exit_code, done.stdout.splitlines()) == (0, [*expected, str(tmp_path)]), done.stderr
+    options = "--num_registers 2 --threshold 150 --size 28x42 --cls-tolerance 0.2 --recipe own.yaml --device cpu"
+    options = [*options.split(), "--images", "photos", "--images", "more/*.png", "--overwrite"]
+    flags = ["--max_steps", "7", "--objective=post_hoc"]
+    done = run("registers", "model", tmp_path, "--method", "distill", *options, "--", *flags)
+    page = tmp_path / "inspection" / "report.html"
+    lines = ["4 new registers.", *sentences, "Train it on.", str(page), str(tmp_path)]
+    assert (done.exit_code, done.stdout.splitlines()) == (0, lines), "what did not work is told, and is no error"
+    given = RegisterOptions(
+        num_registers=2,
+        threshold=150.0,
+        size=(28, 42),
+        cls_tolerance=0.2,
+        recipe=Path("own.yaml"),
+        arguments=tuple(flags),
+    )
+    assert calls == [
+        (
+            ("model", tmp_path, "warm-start", None, RegisterOptions()),
+            {"device": None, "overwrite": False, "progress": True},
+        ),
+        (
+            ("model", tmp_path, "distill", ["photos", "more/*.png"], given),
+            {"device": "cpu", "overwrite": True, "progress": True},
+        ),
+    ]
+
+
+def test_registers_says_in_one_line_what_is_wrong(tmp_path):
+    done = run("registers", tmp_path, tmp_path / "out", "--method", "test-time")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "Error: The method test-time needs images: give --images.\n"
+    assert run("registers", tmp_path, tmp_path / "out").exit_code == 2, "usage"
 
 
 # evaluate

@@ -26,6 +26,9 @@ KNN, LINEAR, ZERO_SHOT, OOD = "knn", "linear", "zero_shot", "out_of_distribution
 DENSE, OBJECTS = "segmentation and depth", "object_discovery"
 # what is no option of a task
 NO_OPTIONS = {"model", "task", "data", "output", "update_card", "device", "overwrite"}
+# what is read by some ways to registers alone, and what is no setting of them
+TEST_TIME, TRAINED = "test-time", "warm-start and distill"
+NO_SETTINGS = {"model", "output", "method", "images", "arguments", "device", "overwrite"}
 
 
 @contextmanager
@@ -79,8 +82,27 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="Any ViT: a folder, a Hub repository, timm:NAME; or a folder of checkpoints.")
     ],
-    images: Annotated[list[str], typer.Option(help="Folder, file or pattern in quotes. Can be given several times.")],
-    output: Annotated[Path, typer.Option(metavar="REPORT_DIR", help="Where the report goes.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REPORT_DIR",
+            help="Where the report goes; with --weights-only none is needed.",
+            show_default="required",
+        ),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder, file or pattern in quotes. Can be given several times. With --weights-only optional."
+        ),
+    ] = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only",
+            help="Where the weights alone say that artifacts point (SINDER); with images, how well they say it.",
+        ),
+    ] = False,
     compare: Annotated[str | None, typer.Option(metavar="OTHER_MODEL", help="Set beside the first.")] = None,
     checkpoints: Annotated[
         str | None, typer.Option(metavar="DIR", help="Checkpoints of MODEL, to see when outliers came.")
@@ -104,32 +126,186 @@ def inspect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
 ) -> None:
     """Tell whether a ViT has artifacts, where, and what they carry: a page with figures, and all numbers as JSON."""
+    options = {
+        "threshold": threshold,
+        "side": side,
+        "layer": layer,
+        "size": size,
+        "max_images": max_images,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+        "overwrite": overwrite,
+        "progress": True,
+    }
+    if weights_only:
+        if compare or checkpoints or all_layers:
+            raise typer.BadParameter("--weights-only goes without --compare, --checkpoints and --all-layers.")
+        return _inspect_weights(model, output, images, options)
+    if not images:
+        raise typer.BadParameter("give some, or --weights-only.", param_hint="'--images'")
+    if output is None:
+        raise typer.BadParameter("give a folder for the report.", param_hint="'--output'")
     from .analysis.report import inspect_model
 
     with user_errors():
         report = inspect_model(
-            model,
-            images,
-            output,
-            compare=compare,
-            checkpoints=checkpoints,
-            threshold=threshold,
-            side=side,
-            layer=layer,
-            size=size,
-            max_images=max_images,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            overwrite=overwrite,
-            progress=True,
-            all_layers=all_layers,
+            model, images, output, compare=compare, checkpoints=checkpoints, all_layers=all_layers, **options
         )
     for name, verdict in zip((model, compare), report.verdicts):
         typer.echo(f"{name}: {' '.join(verdict)}")
     if report.num_unreadable:
         typer.echo(f"{report.num_unreadable} images could not be used; the report names them.", err=True)
     typer.echo(report.page)
+
+
+def _inspect_weights(model: str, output: Path | None, images: list[str] | None, options: dict) -> None:
+    from .analysis.defect_report import inspect_weights
+
+    with user_errors():
+        report = inspect_weights(model, output, images, **options)
+    report.show()
+    typer.echo(f"{model}: {' '.join(report.verdict)}")
+    if report.page:
+        typer.echo(report.page)
+
+
+@app.command(context_settings=UNDERSCORES)
+def registers(
+    model: Annotated[str, typer.Argument(help="A ViTReg of any head, without registers: a folder, a Hub repository.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="Where the model with registers goes.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="test-time|distill|warm-start",
+            help="test-time: by register neurons, nothing is trained; distill: by a short training on images; "
+            "warm-start: new ones, to train on from.",
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- FLAGS]", help="distill: flags of pretrain.py.")
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder, file or pattern in quotes, some hundred images. Can be given several times."),
+    ] = None,
+    num_registers: Annotated[
+        int | None,
+        typer.Option(help="How many.", show_default="test-time: 1, warm-start: 4, distill: the recipe's"),
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            parser=_threshold,
+            metavar="NUMBER|mean+3std|mad|otsu",
+            help="Norm of an outlier, in search and comparison.",
+            show_default="the preset's; else mean+3std and mad",
+        ),
+    ] = None,
+    detect_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="After which layer outliers are looked for, from 0, or from the end with -1 the last.",
+            show_default="the preset's; else -1",
+        ),
+    ] = None,
+    side: Annotated[
+        str, typer.Option(metavar="high|low", help="Of the threshold that outliers are on; test-time: high.")
+    ] = "high",
+    size: Annotated[
+        str | None,
+        typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="Of the images; by default as trained."),
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="Take a random sample of so many to look at.")] = 500,
+    batch_size: Annotated[int, typer.Option(help="Images at once; results are the same.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of samples and of new registers.")] = 0,
+    cls_tolerance: Annotated[
+        float, typer.Option(help="No success where 1 less the mean cosine of CLS before and after is more.")
+    ] = 0.1,
+    min_fall: Annotated[float, typer.Option(help="No success where a smaller share of the outliers is gone.")] = 0.5,
+    license: Annotated[
+        str | None, typer.Option(help="Of the weights, for the card.", show_default="the old card's, or apache-2.0")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|dinov2-large|openclip-base",
+            help="Published settings, with -code at the end those of the released code; or auto, which finds some.",
+            rich_help_panel=TEST_TIME,
+        ),
+    ] = "auto",
+    highest_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Take neurons of this layer, from 0, and those before it.",
+            show_default="the preset's, or where outliers come up",
+            rich_help_panel=TEST_TIME,
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            help="How many neurons.", show_default="the preset's, or as many as it takes", rich_help_panel=TEST_TIME
+        ),
+    ] = None,
+    target_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the patches that may stay outliers, where the number of neurons is looked for.",
+            show_default="a twentieth of what there is",
+            rich_help_panel=TEST_TIME,
+        ),
+    ] = None,
+    reduce: Annotated[
+        str,
+        typer.Option(
+            metavar="neuron|layer",
+            help="What a register receives: of each neuron its largest activation, or one number for all of a layer.",
+            rich_help_panel=TEST_TIME,
+        ),
+    ] = "neuron",
+    only_sparse: Annotated[
+        bool,
+        typer.Option(
+            "--only-sparse",
+            help="Count a neuron only in images where it is below 0.5 in half of the tokens.",
+            rich_help_panel=TEST_TIME,
+        ),
+    ] = False,
+    register_init_std: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of new registers.",
+            show_default="warm-start: the config's, distill: the recipe's",
+            rich_help_panel=TRAINED,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="distill: of pretrain.py.",
+            show_default="recipes/pretrain/post_hoc_registers.yaml",
+            rich_help_panel=TRAINED,
+        ),
+    ] = None,
+) -> None:
+    """Give registers to a ViT that was trained without, and tell whether its artifacts went and CLS stayed."""
+    given = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
+    from .registers.give import give_registers
+    from .registers.options import RegisterOptions
+
+    with user_errors():
+        options = RegisterOptions(**{**given, "arguments": tuple(arguments or ())})
+        done = give_registers(
+            model, output, method, images, options, device=device, overwrite=overwrite, progress=True
+        )
+    for sentence in done.sentences():
+        typer.echo(sentence)
+    if done.effect is not None:
+        typer.echo(done.comparison)
+    typer.echo(done.folder)
 
 
 def _named(texts: list[str] | None) -> dict[str, str]:

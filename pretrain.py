@@ -2,9 +2,10 @@
 # Licensed under the Apache License, Version 2.0.
 """Pretrains a ViTReg: `accelerate launch pretrain.py [--config recipe.yaml] [--flag value ...]`.
 
-The whole run, read top to bottom: config, data, model, optimizer, loop, export. One loop serves three objectives:
-self-supervision (`--objective dino`), labels (`supervised`) and text (`clip`). Bare, it learns handwritten digits
-without their labels, and leaves a model repository in `runs/pretrain-digits`.
+The whole run, read top to bottom: config, data, model, optimizer, loop, export. One loop serves four objectives:
+self-supervision (`--objective dino`), labels (`supervised`), text (`clip`) and registers for a model without
+(`post_hoc`). Bare, it learns handwritten digits without their labels, and leaves a model repository in
+`runs/pretrain-digits`.
 """
 
 import dataclasses

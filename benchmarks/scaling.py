@@ -24,10 +24,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from hf_vitreg.objectives.base import Objective
 from hf_vitreg.objectives.clip import CLIPObjective
 from hf_vitreg.objectives.dino import DINOObjective
+from hf_vitreg.objectives.post_hoc import PostHocObjective
 from hf_vitreg.objectives.supervised import SupervisedObjective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
 from hf_vitreg.pretraining.models import build_backbone, build_classifier
 from hf_vitreg.recipe import parse_recipe
+from hf_vitreg.registers.warm_start import add_registers
 from hf_vitreg.training.cost import ObjectiveSizes, TrainingCost, cost_of_sizes
 from hf_vitreg.training.footprint import device_memory, step_communication
 from hf_vitreg.training.throughput import PEAK_TFLOPS
@@ -106,6 +108,10 @@ def build_objective(recipe: PretrainRecipe, num_classes: int) -> Objective:
             settings = {"classifier_layout": "cls_distillation", "use_distillation_token": True}
         model = build_classifier(recipe, [str(label) for label in range(num_classes)], **settings)
         return SupervisedObjective(model, recipe, recipe.ema_decay)
+    if recipe.objective == "post_hoc":
+        teacher = build_backbone(dataclasses.replace(recipe, num_register_tokens=0))
+        student = add_registers(teacher, recipe.num_register_tokens)
+        return PostHocObjective(teacher, student, recipe, torch.zeros(teacher.config.num_channels))
     text = CLIPTextConfig(
         vocab_size=recipe.text_vocab_size,
         hidden_size=recipe.text_hidden_size,

@@ -68,7 +68,7 @@ def main(
     check(models["a test-time register"], pixel_values)
     seconds = alternate({name: partial(forward, model) for name, model in models.items()}, rounds, device)
     shift = summary(seconds, ours="plain")
-    show(f"Forward (bound {SHIFT_BOUND})", shift)
+    show(f"Forward (bound {SHIFT_BOUND})", shift, ratio="of the plain forward")
 
     encoder = VisionEncoder.wrap(plain, "random")
     norms = token_norms(encoder.layers(pixel_values, [-1])[-1][:, encoder.patch_slice])
@@ -83,7 +83,7 @@ def main(
         raise AssertionError(f"{find().outlier_share:.4f} of the patches are outliers.")
     seconds = alternate({"find": find, "plain": lambda: encoder.observe(pixel_values)}, rounds, device)
     finding = summary(seconds, ours="plain")
-    show(f"Scores of all neurons (bound {FIND_BOUND})", finding)
+    show(f"Scores of all neurons (bound {FIND_BOUND})", finding, ratio="of the plain forward")
     setting = (
         f"ViT-B/{patch_size}, {IMAGE_SIZE} px, batch {batch_size}, {str(dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} threads"

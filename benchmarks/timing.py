@@ -60,9 +60,9 @@ def summary(seconds: dict[str, list[float]], ours: str = "hf_vitreg") -> dict[st
     return rows
 
 
-def show(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """The summary as a table."""
-    table = Table("", "median ms", "ours is faster by", "quartiles", title=title)
+def show(title: str, rows: dict[str, dict[str, float]], ratio: str = "ours is faster by") -> None:
+    """The summary as a table; `ratio` says what the ratio is."""
+    table = Table("", "median ms", ratio, "quartiles", title=title)
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
         table.add_row(name, f"{row['median_ms']:.1f}", f"{row['ratio_to_ours']:.3f}x", f"{low:.3f} to {high:.3f}")

@@ -5,17 +5,20 @@
 import dual_encoders
 import pytest
 import torch
-from reference import VARIANTS, images, tiny_config
+from reference import COLS, ROWS, VARIANTS, images, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of_two
 
-from hf_vitreg import ViTRegForImageClassification
+from hf_vitreg import ViTRegForImageClassification, ViTRegModel
 from hf_vitreg.objectives.base import Objective
+from hf_vitreg.objectives.post_hoc import PostHocObjective
 from hf_vitreg.objectives.supervised import SupervisedObjective
-from hf_vitreg.pretrain_recipe import SupervisedOptions
+from hf_vitreg.pretrain_recipe import PostHocOptions, SupervisedOptions
+from hf_vitreg.registers.post_hoc import draw_views
+from hf_vitreg.registers.warm_start import add_registers
 
 
 BATCH_SIZE, NUM_LABELS = 8, 11
@@ -25,6 +28,7 @@ def objectives() -> dict[str, Objective]:
     torch.manual_seed(0)
     plain = tiny_config(classifier_layout="cls_mean", use_mask_token=True)
     distilled = tiny_config(**VARIANTS["distilled"])
+    without = ViTRegModel(tiny_config(num_register_tokens=0, use_mask_token=True))
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 21 * 49, NUM_LABELS)).requires_grad_(False)
     return {
         "supervised": SupervisedObjective(ViTRegForImageClassification(plain), SupervisedOptions(), 0.75),
@@ -33,6 +37,7 @@ def objectives() -> dict[str, Objective]:
         ),
         "clip": dual_encoders.objective(ema_decay=0.75, vision={"use_mask_token": True}),
         "siglip": dual_encoders.objective(contrastive_loss="siglip"),
+        "post_hoc": PostHocObjective(without, add_registers(without, 2), PostHocOptions(), torch.zeros(3)),
     }
 
 
@@ -71,6 +76,9 @@ def after_a_step(kind: str, called, objective: Objective, rank: int, num_process
     own = slice(rank * BATCH_SIZE // num_processes, (rank + 1) * BATCH_SIZE // num_processes)
     labelled = {"pixel_values": images(batch_size=BATCH_SIZE), "labels": torch.randint(NUM_LABELS, (BATCH_SIZE,))}
     whole = dual_encoders.batch() if kind in ("clip", "siglip") else labelled
+    if kind == "post_hoc":
+        views = draw_views(BATCH_SIZE, 3, (ROWS, COLS), 0.4, 0.5, torch.Generator().manual_seed(3))
+        whole = {**labelled, "view_shifts": views.shifts, "view_flips": views.flips}
     loss, _ = called({name: tensor[own] for name, tensor in whole.items()}, 0)
     loss.backward()
     torch.optim.SGD([each for each in objective.parameters() if each.requires_grad], lr=0.1).step()

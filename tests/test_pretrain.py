@@ -34,12 +34,13 @@ from hf_vitreg.training.collapse import TrainingCollapsed
 from hf_vitreg.training.run import TrainingDiverged
 
 
-OBJECTIVES = ("dino", "supervised", "clip")
+OBJECTIVES = ("dino", "supervised", "clip", "post_hoc")
 CARD = {"README.md", "config.json", "curves.png", "model.safetensors", "preprocessor_config.json", "recipe.yaml"}
 BESIDE_WEIGHTS = {
     "dino": {"configuration_vitreg.py", "modeling_vitreg.py"},
     "supervised": {"configuration_vitreg.py", "modeling_vitreg.py"},
     "clip": {"tokenizer.json", "tokenizer_config.json"},
+    "post_hoc": {"configuration_vitreg.py", "modeling_vitreg.py"},
 }
 # of a resumed run these differ: they are of time and memory
 MEASURED = {"images_per_second", "mfu", "memory_gib"}
@@ -59,10 +60,22 @@ def recipe(objective: str) -> str:
     return str(ROOT / f"recipes/debug/pretrain_{objective}.yaml")
 
 
+def starting_model(objective: str, folder: Path) -> list[str]:
+    """The flags of what a run starts from: a model without registers, where it is to get some."""
+    if objective != "post_hoc":
+        return []
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": 16}
+    ViTRegModel(ViTRegConfig(**sizes, num_register_tokens=0)).save_pretrained(folder / "plain")
+    new_image_processor(16).save_pretrained(folder / "plain")
+    return ["--model_name_or_path", str(folder / "plain")]
+
+
 def run(output_dir, objective="dino", *arguments, **flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     named = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     given = ["--config", recipe(objective), "--output_dir", str(output_dir), *map(str, arguments), *named]
+    given += starting_model(objective, Path(output_dir).parent)
     return pretrain.main([*given, "--peak_tflops", "1"])
 
 
@@ -89,7 +102,7 @@ def test_a_run_leaves_a_complete_repository_that_loads(finished):
         assert load_dual_encoder(output_dir).model.config.vision_config.num_register_tokens == 2
         assert 0 <= result["zero_shot_accuracy"] <= 1
     else:
-        auto = {"dino": AutoModel, "supervised": AutoModelForImageClassification}[objective]
+        auto = AutoModelForImageClassification if objective == "supervised" else AutoModel
         model = auto.from_pretrained(output_dir)
         assert model.config.num_register_tokens == 2
         assert not any("head" in name for name in weights(output_dir))
@@ -166,6 +179,7 @@ SAME_EVERYWHERE = {
     "dino": ["--drop_path_rate", "0", "--koleo_across_processes", "--teacher_momentum", "0.1"],
     "supervised": ["--mixup_alpha", "0", "--cutmix_alpha", "0", "--ema_decay", "0"],
     "clip": [],
+    "post_hoc": [],
 }
 
 
@@ -176,7 +190,8 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
         # a second step has the first one's rounding in it, which Adam divides by itself
         folder = ["--output_dir", str(tmp_path / objective / name), "--max_steps", "2", "--learning_rate", "1e-3"]
         batch = ["--per_device_train_batch_size", str(batch_size), "--peak_tflops", "1", "--adam_epsilon", "1e-3"]
-        return ["--config", recipe(objective), *folder, *batch, *SAME_EVERYWHERE[objective]]
+        same = [*starting_model(objective, tmp_path), *SAME_EVERYWHERE[objective]]
+        return ["--config", recipe(objective), *folder, *batch, *same]
 
     (tmp_path / "both.py").write_text(TWO_PROCESSES)
     runs = json.dumps([arguments(objective, "two", 4) for objective in OBJECTIVES])
@@ -239,6 +254,7 @@ def test_sharded_weights_train_as_whole_ones_and_go_on(tmp_path, objective):
     (tmp_path / "sharded.py").write_text(SHARDED)
     shared = ["--config", recipe(objective), "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "5"]
     shared += ["--learning_rate", "1e-4", "--adam_epsilon", "1e-3", "--peak_tflops", "1", *SAME_EVERYWHERE[objective]]
+    shared += starting_model(objective, tmp_path)
     folder = ["--output_dir", str(tmp_path / "sharded"), "--per_device_train_batch_size", "4"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for resuming in ([], ["--resume_from_checkpoint", str(tmp_path / "sharded" / "checkpoints" / "step-00000002")]):
@@ -345,6 +361,7 @@ VARIANTS = {
     "LAMB": ("supervised", {"optimizer": "lamb", "num_repeated_augmentations": 2, "train_crop": "simple_random_crop"}),
     "cross entropy": ("supervised", {"classification_loss": "ce", "label_smoothing": 0.1, "ema_decay": 0.0}),
     "SigLIP": ("clip", {"contrastive_loss": "siglip", "ema_decay": 0.9}),
+    "no cosine": ("post_hoc", {"cosine_weight": 0.0, "num_views": 1, "view_fill": 0.0, "image_size": 24}),
 }
 
 

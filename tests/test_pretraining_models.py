@@ -18,6 +18,7 @@ from hf_vitreg.pretrain_recipe import DINOOptions, PretrainRecipe
 from hf_vitreg.pretraining.models import (
     build_backbone,
     build_classifier,
+    build_with_new_registers,
     image_processor,
     load_heads,
     require_whole_patches,
@@ -117,3 +118,19 @@ def test_new_pixels_have_the_statistics_that_were_asked_for():
 def test_images_are_whole_numbers_of_patches():
     with pytest.raises(ValueError, match="--image_size 30"):
         require_whole_patches(PretrainRecipe(image_size=30), ViTRegConfig(**SIZES))
+
+
+def test_a_checkpoint_is_given_new_registers_beside_itself(tmp_path):
+    path = checkpoint(tmp_path / "plain", num_register_tokens=0)
+    recipe = PretrainRecipe(model_name_or_path=path, num_register_tokens=5, register_init_std=0.5)
+    teacher, student = build_with_new_registers(recipe)
+    assert teacher.config.num_register_tokens == 0 and student.config.num_register_tokens == 5
+    assert student.embeddings.register_tokens.std().item() == pytest.approx(0.5, rel=0.3)
+    new = student.state_dict()
+    assert all(torch.equal(new[name], tensor) for name, tensor in teacher.state_dict().items())
+    path = checkpoint(tmp_path / "with")
+    for name, words in ((None, "name one as --model_name_or_path"), (path, "has 3 registers already")):
+        with pytest.raises(ValueError, match=words):
+            build_with_new_registers(PretrainRecipe(model_name_or_path=name))
+    with pytest.raises(ValueError, match="belong to a new model"):
+        build_with_new_registers(PretrainRecipe(model_name_or_path=path, hidden_size=24))

@@ -13,8 +13,11 @@ from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
 from hf_vitreg.data.masking import batch_masks
 from hf_vitreg.objectives.clip import CLIPObjective
 from hf_vitreg.objectives.dino import DINOObjective
+from hf_vitreg.objectives.post_hoc import PostHocObjective
 from hf_vitreg.objectives.supervised import SupervisedObjective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
+from hf_vitreg.registers.post_hoc import draw_views
+from hf_vitreg.registers.warm_start import add_registers
 from hf_vitreg.training import cost
 from hf_vitreg.training.cost import ObjectiveSizes, Transformer, training_cost
 
@@ -132,6 +135,26 @@ def test_labels_cost_what_the_counter_counts(layout):
     found = training_cost(recipe, objective)
     assert found.flops_per_image * BATCH_SIZE == pytest.approx(counted(objective, batch), rel=1e-12)
     assert found.teacher_parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_swiglu_ffn": True}, {"gradient_checkpointing": True}], ids=str)
+def test_registers_for_a_model_without_cost_what_the_counter_counts(changes):
+    recipe = dataclasses.replace(RECIPE, objective="post_hoc", num_views=4, **changes)
+    model_config = config(recipe)
+    model_config.num_register_tokens = 0
+    teacher = ViTRegModel(model_config)
+    objective = PostHocObjective(teacher, add_registers(teacher, 5), recipe, torch.zeros(3))
+    if recipe.gradient_checkpointing:
+        objective.student.activation_checkpointing_enable()
+    views = draw_views(BATCH_SIZE, 4, (7, 7), 0.3, 0.5, torch.Generator())
+    pixel_values = torch.randn(BATCH_SIZE, 3, 28, 28)
+    batch = {"pixel_values": pixel_values, "view_shifts": views.shifts, "view_flips": views.flips}
+    found = training_cost(recipe, objective)
+    total = (found.flops_per_image + found.recomputed_flops) * BATCH_SIZE
+    assert total == pytest.approx(counted(objective, batch), rel=1e-12)
+    assert found.teacher_parameters + sum(found.parameters.values()) == sum(
+        model.num_parameters() for model in (teacher, objective.student)
+    )
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

@@ -8,7 +8,9 @@ import torch
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.objectives.dino import DINOObjective
+from hf_vitreg.objectives.post_hoc import PostHocObjective
 from hf_vitreg.pretrain_recipe import PretrainRecipe
+from hf_vitreg.registers.warm_start import add_registers
 from hf_vitreg.training.cost import ObjectiveSizes, Transformer, num_masked_patches
 from hf_vitreg.training.footprint import device_memory, step_communication
 
@@ -140,3 +142,34 @@ def test_contrast_sends_features_and_their_gradients():
     # images and texts; a gather sends to two others, and the gradient of all is reduced
     assert sent["features"] == 2 * (2 + 2 * 2) * 4 * 5 * 14
     assert "targets" not in sent
+
+
+@pytest.mark.parametrize("use_swiglu_ffn", [False, True])
+def test_frozen_layers_keep_what_their_inputs_gradient_needs(use_swiglu_ffn):
+    recipe = dataclasses.replace(RECIPE, objective="post_hoc", image_size=44)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 3, "patch_size": 4, "image_size": 44}
+    config = ViTRegConfig(**sizes, layerscale_value=1e-5, use_swiglu_ffn=use_swiglu_ffn, num_register_tokens=0)
+    teacher = ViTRegModel(config)
+    objective = PostHocObjective(teacher, add_registers(teacher, 4), recipe, torch.zeros(3))
+    kept = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective.student(torch.randn(5, 3, 44, 44))
+    for parameter in objective.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    on_paper = device_memory(recipe, ObjectiveSizes.of(objective), 1, half=False)["activations"]
+    assert on_paper == pytest.approx(sum(kept.values()), rel=0.06)
+
+
+def test_fsdp_gathers_the_teacher_for_each_view():
+    recipe = dataclasses.replace(RECIPE, objective="post_hoc", num_views=7)
+    sizes = dataclasses.replace(SIZES, trained={"student": 100}, frozen={"student": 500, "teacher": 590})
+    sent = step_communication(recipe, sizes, 4, "fsdp2")
+    assert sent["weights"] == 3 / 4 * 2 * (2 * 600 + 7 * 590)
+    assert sent["gradients"] == 3 / 4 * 2 * 100

@@ -59,9 +59,17 @@ def describe_machine(device: torch.device) -> str:
 
 def processor_name() -> str:
     """The model of the CPU as the system tells it, `AMD EPYC 9354`."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_family() -> int | None:
+    """The number that its maker gives to processors of one design, where the system tells it."""
+    family = _cpuinfo("cpu family")
+    return int(family) if family else None
+
+
+def _cpuinfo(key: str) -> str | None:
+    """Of the first core, as Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith(key)), None)

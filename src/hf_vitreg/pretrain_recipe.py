@@ -21,10 +21,10 @@ class ObjectiveOptions:
 
     Args:
         objective: `dino` trains by self-supervision (DINOv2, DINOv3), `supervised` by labels (DeiT-III), `clip` by
-            text (OpenCLIP, SigLIP).
+            text (OpenCLIP, SigLIP); `post_hoc` gives registers to a model that was trained without (PH-Reg).
     """
 
-    objective: Literal["dino", "supervised", "clip"] = "dino"
+    objective: Literal["dino", "supervised", "clip", "post_hoc"] = "dino"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,6 +341,29 @@ class CLIPOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PostHocOptions:
+    """Distillation of registers, of `post_hoc`
+
+    Args:
+        num_views: Views of an image that the teacher's features are averaged over, the image itself among them.
+        max_view_shift: Largest shift of a view, as a share of the patch grid.
+        view_flip: Probability that a view is mirrored.
+        view_fill: Brightness of what is beyond the border of a shifted image, 0 black to 1 white.
+        cosine_weight: Weight of the distance between the directions of patches.
+        mse_weight: Weight of the squared distance between them.
+        post_hoc_flip: Probability that the image itself is mirrored, after it is resized and a square is cropped.
+    """
+
+    num_views: int = 10
+    max_view_shift: float = 0.15
+    view_flip: float = 0.5
+    view_fill: float = 1.0
+    cosine_weight: float = 1.0
+    mse_weight: float = 1.0
+    post_hoc_flip: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainOptimizerOptions:
     """Optimizer
 
@@ -482,6 +505,7 @@ AT_LEAST_ONE = [
     "text_num_attention_heads",
     "text_max_length",
     "text_vocab_size",
+    "num_views",
     "learning_rate_batch_size",
     "gradient_accumulation_steps",
     "eval_steps",
@@ -512,6 +536,8 @@ AT_LEAST_ZERO = [
     "gram_max_updates",
     "three_augment_color_jitter",
     "rand_augment_num_ops",
+    "cosine_weight",
+    "mse_weight",
     "mixup_alpha",
     "cutmix_alpha",
     "learning_rate",
@@ -546,6 +572,10 @@ SHARES = [
     "distillation_weight",
     "clip_crop_min_scale",
     "clip_flip",
+    "max_view_shift",
+    "view_flip",
+    "view_fill",
+    "post_hoc_flip",
     "warmup_ratio",
     "layer_decay",
     "adam_beta1",
@@ -566,6 +596,7 @@ class PretrainRecipe(
     DINOOptions,
     SupervisedOptions,
     CLIPOptions,
+    PostHocOptions,
     PretrainOptimizerOptions,
     MonitorOptions,
     PretrainRunOptions,

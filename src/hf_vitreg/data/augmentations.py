@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torchvision.transforms import v2
 
-from ..pretrain_recipe import CLIPOptions
+from ..pretrain_recipe import CLIPOptions, PostHocOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,4 +41,16 @@ def clip_transform(
 ) -> PixelValues:
     """OpenCLIP's augmentation: a random crop of nearly all of the image, and a flip where it is asked for."""
     steps = [random_resized_crop(image_size, options.clip_crop_min_scale), v2.RandomHorizontalFlip(options.clip_flip)]
+    return PixelValues(normalized(steps, image_mean, image_std))
+
+
+def post_hoc_transform(
+    options: PostHocOptions, image_size: int, image_mean: Sequence[float], image_std: Sequence[float]
+) -> PixelValues:
+    """What PH-Reg distils on: the shorter edge resized, a square of all of it at random, and a flip."""
+    steps = [
+        v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomCrop(image_size),
+        v2.RandomHorizontalFlip(options.post_hoc_flip),
+    ]
     return PixelValues(normalized(steps, image_mean, image_std))

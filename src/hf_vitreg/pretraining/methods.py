@@ -12,23 +12,26 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.augmentations import clip_transform
+from ..data.augmentations import clip_transform, post_hoc_transform
 from ..data.captions import CaptionCollate, load_or_train_tokenizer
 from ..data.collate import collate
 from ..data.deit3 import label_mixing, supervised_transform
 from ..data.multicrop import CropFinish, MultiCropTransform
 from ..data.pretraining_data import KNNData, PretrainingData
+from ..distributed import derived_seed
 from ..evaluation.monitoring import Measuring, classifier_accuracy, measure_features, zero_shot_accuracy
 from ..hub.card import CardFacts
 from ..hub.export import write_model_repository
 from ..objectives.base import Objective
 from ..objectives.clip import CLIPObjective
 from ..objectives.dino import DINOObjective
+from ..objectives.post_hoc import PostHocObjective
 from ..objectives.supervised import SupervisedObjective
 from ..objectives.text_towers import text_tower
 from ..pretrain_recipe import PretrainRecipe
+from ..registers.post_hoc import draw_views
 from ..teachers import load_classifier
-from .models import build_backbone, build_classifier, load_backbone, load_heads
+from .models import build_backbone, build_classifier, build_with_new_registers, load_backbone, load_heads
 
 
 Batch = dict[str, torch.Tensor]
@@ -201,6 +204,36 @@ class CLIPMethod(Method):
         write_model_repository(folder, model, self.processor, facts, files, state_dict, tokenizer=self.tokenizer)
 
 
+class PostHocMethod(Method):
+    wants = "images"
+    # what registers must not cost: nothing of CLS is distilled
+    best_metric = "knn_accuracy"
+
+    def transform(self) -> Callable:
+        return post_hoc_transform(self.recipe, self.recipe.image_size, *self.statistics)
+
+    def finish(self, objective: Objective) -> Callable[[Batch, int], Batch]:
+        recipe, patch_size = self.recipe, objective.features().config.patch_size
+        grid_size = (recipe.image_size // patch_size,) * 2
+        batch_size = recipe.per_device_train_batch_size
+        # those of a process are a part of those that one process draws for the global batch
+        own = slice(self.accelerator.process_index * batch_size, (self.accelerator.process_index + 1) * batch_size)
+        num_images = self.accelerator.num_processes * batch_size
+
+        def finish(batch: Batch, number: int) -> Batch:
+            generator = torch.Generator().manual_seed(derived_seed(recipe.seed, number))
+            options = recipe.num_views, grid_size, recipe.max_view_shift, recipe.view_flip
+            views = draw_views(num_images, *options, generator)
+            return {**batch, "view_shifts": views.shifts[own], "view_flips": views.flips[own]}
+
+        return finish
+
+    def objective(self, total_steps: int) -> Objective:
+        teacher, student = build_with_new_registers(self.recipe)
+        mean, std = map(torch.tensor, self.statistics)
+        return PostHocObjective(teacher, student, self.recipe, (self.recipe.view_fill - mean) / std)
+
+
 def captions(data: PretrainingData) -> Iterable[str]:
     """All texts, or of a stream as many as show what words there are."""
     if data.num_images is not None:
@@ -208,4 +241,4 @@ def captions(data: PretrainingData) -> Iterable[str]:
     return (row["caption"] for row in data.dataset.take(TOKENIZER_CAPTIONS))
 
 
-METHODS = {"dino": DINOMethod, "supervised": SupervisedMethod, "clip": CLIPMethod}
+METHODS = {"dino": DINOMethod, "supervised": SupervisedMethod, "clip": CLIPMethod, "post_hoc": PostHocMethod}

@@ -108,13 +108,30 @@ def build_classifier(recipe: PretrainRecipe, class_names: list[str], **settings)
     return model
 
 
+def build_with_new_registers(recipe: PretrainRecipe) -> tuple[ViTRegModel, ViTRegModel]:
+    """The recipe's checkpoint as it is, and the same model with new registers.
+
+    Raises:
+        ValueError: without a checkpoint, for one that has registers, and as `build_backbone`.
+    """
+    path = recipe.model_name_or_path
+    if path is None:
+        raise ValueError(
+            "--objective post_hoc gives registers to a model that was trained without: name one as "
+            "--model_name_or_path."
+        )
+    _refuse_sizes(recipe)
+    model = _load(ViTRegModel, path, recipe.revision, _settings(recipe))
+    if present := model.config.num_register_tokens:
+        raise ValueError(
+            f"{path} has {present} registers already, and --objective post_hoc gives new ones to a model without: "
+            "name another one as --model_name_or_path."
+        )
+    return model, _with_registers(model, recipe)
+
+
 def _build(model_class: type, recipe: PretrainRecipe, settings: dict):
-    settings = {
-        "drop_path_rate": recipe.drop_path_rate,
-        "attn_implementation": recipe.attn_implementation,
-        **_rope_settings(recipe),
-        **settings,
-    }
+    settings = {**_settings(recipe), **settings}
     if recipe.model_name_or_path is not None:
         _refuse_sizes(recipe)
         model = _load(model_class, recipe.model_name_or_path, recipe.revision, settings)
@@ -129,6 +146,15 @@ def _build(model_class: type, recipe: PretrainRecipe, settings: dict):
         **settings,
     )
     return model_class(config)
+
+
+def _settings(recipe: PretrainRecipe) -> dict[str, object]:
+    """Of the config, that new models and checkpoints have of the recipe."""
+    return {
+        "drop_path_rate": recipe.drop_path_rate,
+        "attn_implementation": recipe.attn_implementation,
+        **_rope_settings(recipe),
+    }
 
 
 def _rope_settings(recipe: PretrainRecipe) -> dict[str, float]:

@@ -49,10 +49,14 @@ class Transformer:
         """Entries of a layer's matrices."""
         return self.hidden_size * (4 * self.hidden_size + self.mlp_products * self.mlp_size)
 
+    def weight_flops(self, num_tokens: int) -> float:
+        """Of one sequence and the matrices of a layer."""
+        return 2.0 * num_tokens * self.layer_weights
+
     def forward_flops(self, num_tokens: int) -> float:
         """Of one sequence through all layers."""
         attention = 4.0 * num_tokens**2 * self.hidden_size
-        return self.num_layers * (2.0 * num_tokens * self.layer_weights + attention)
+        return self.num_layers * (self.weight_flops(num_tokens) + attention)
 
     def crop_flops(self, num_tokens: int, num_read: float | None, share: float = 1.0) -> float:
         """Of a crop of which some tokens are read, or all, where a share of the crops has residual branches.
@@ -76,6 +80,7 @@ class ObjectiveSizes:
         patch_size: In pixels.
         num_channels: Of an image.
         num_prefix_tokens: CLS, distillation token and registers.
+        num_register_tokens: Registers among them.
         text: Layers of the text tower.
         linear_layers: Weights of the classifiers or projections, which see one token of an image or text.
         trained: Parameters that have a gradient, by module.
@@ -86,6 +91,7 @@ class ObjectiveSizes:
     patch_size: int
     num_channels: int
     num_prefix_tokens: int
+    num_register_tokens: int = 0
     text: Transformer | None = None
     linear_layers: int = 0
     trained: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -104,6 +110,7 @@ class ObjectiveSizes:
             patch_size=config.patch_size,
             num_channels=config.num_channels,
             num_prefix_tokens=config.num_prefix_tokens,
+            num_register_tokens=config.num_register_tokens,
             text=Transformer.of(towers.text.model.config) if towers else None,
             linear_layers=sum(layer.weight.numel() for layer in linear if isinstance(layer, nn.Linear)),
             trained={name: _num_parameters(module, True) for name, module in objective.trained().items()},
@@ -168,6 +175,8 @@ def cost_of_sizes(recipe: PretrainRecipe, sizes: ObjectiveSizes, num_processes: 
         flops, student = _dino_flops(recipe, sizes)
     elif recipe.objective == "supervised":
         flops, student = _image_flops(recipe, sizes)
+    elif recipe.objective == "post_hoc":
+        flops, student = _post_hoc_flops(recipe, sizes)
     else:
         flops, student = _clip_flops(recipe, sizes, num_processes)
     recomputed = student if recipe.gradient_checkpointing else 0.0
@@ -179,6 +188,15 @@ def _image_flops(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> tuple[dict[st
     # no gradient goes to pixels
     backbone = 2 * sizes.patch_flops(recipe.image_size) + 3 * layers
     return {"backbone": backbone, "linear layers": 6.0 * sizes.linear_layers}, layers
+
+
+def _post_hoc_flops(recipe: PretrainRecipe, sizes: ObjectiveSizes) -> tuple[dict[str, float], float]:
+    size, num_tokens = recipe.image_size, sizes.num_tokens(recipe.image_size)
+    layers, patches = sizes.layer_flops(size), sizes.patch_flops(size)
+    # the gradient goes through all layers to the registers, but the weights of the last one alone have one
+    of_frozen = (sizes.vision.num_layers - 1) * sizes.vision.weight_flops(num_tokens)
+    teacher = sizes.vision.forward_flops(num_tokens - sizes.num_register_tokens) + patches
+    return {"teacher": recipe.num_views * teacher, "student": 2 * patches + 3 * layers - of_frozen}, layers
 
 
 def _clip_flops(recipe: PretrainRecipe, sizes: ObjectiveSizes, num_processes: int) -> tuple[dict[str, float], float]:

@@ -64,7 +64,9 @@ def _activations(recipe: PretrainRecipe, sizes: ObjectiveSizes, half: bool) -> f
     if recipe.objective == "dino":
         of_layer, of_last = _kept_of_crops(recipe, sizes, num_tokens, half)
     else:
-        of_layer = of_last = num_tokens[0] * _kept_by_layer(sizes.vision, half)
+        is_frozen = recipe.objective == "post_hoc"
+        of_layer = num_tokens[0] * _kept_by_layer(sizes.vision, half, is_frozen)
+        of_last = num_tokens[0] * _kept_by_layer(sizes.vision, half)
     kept = of_layer * (sizes.vision.num_layers - 1) + of_last
     if recipe.gradient_checkpointing:
         # what a layer keeps is there for one layer at a time
@@ -75,13 +77,14 @@ def _activations(recipe: PretrainRecipe, sizes: ObjectiveSizes, half: bool) -> f
     return kept
 
 
-def _kept_by_layer(stack: Transformer, half: bool) -> float:
+def _kept_by_layer(stack: Transformer, half: bool, is_frozen: bool = False) -> float:
     """Bytes of a token. In units of the width: what both norms read (2, always float32); normed tokens, which queries,
     keys and values copy under autocast each for itself (2, or 4); queries, keys, values and what was attended (4);
     both branches for the gradient of LayerScale (2); in units of the MLP's, before and after GELU, or SwiGLU's four.
+    Weights that are frozen need no gradient, and what they are multiplied with is not kept.
     """
-    num_of_mlp = 2 if stack.mlp_products == 2 else 4
-    num_of_width = (4 if half else 2) + 4 + 2 * stack.has_layerscale
+    num_of_mlp = (2 if stack.mlp_products == 2 else 4) - is_frozen
+    num_of_width = 4 if is_frozen else (4 if half else 2) + 4 + 2 * stack.has_layerscale
     size = HALF if half else FLOAT32
     return 2 * FLOAT32 * stack.hidden_size + size * (num_of_width * stack.hidden_size + num_of_mlp * stack.mlp_size)
 
@@ -169,6 +172,8 @@ def step_communication(
         size = HALF if half else FLOAT32
         # whole weights are let go after a layer's forward pass; averages that only follow are never gathered
         gathers = 2 * trained + (frozen if recipe.objective == "dino" else 0)
+        if recipe.objective == "post_hoc":
+            gathers += 2 * sizes.frozen["student"] + recipe.num_views * sizes.frozen["teacher"]
         sent = {"weights": around * size * gathers, "gradients": around * size * trained}
     if recipe.objective == "dino":
         sent["targets"] = 2 * around * FLOAT32 * _num_statistics(recipe)

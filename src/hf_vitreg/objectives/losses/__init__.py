@@ -9,6 +9,7 @@
 | `regularizers` | KoLeo, which spreads features; Gram, which keeps the likeness of patches |
 | `classification` | binary and soft cross entropy, distillation |
 | `contrastive` | CLIP and SigLIP |
+| `features` | distances of features by direction and by value, which registers are distilled with |
 | `collectives` | what they need of other processes: the identity on one |
 
 Half precision is raised to float32 and autocast is off inside: a sum of exponentials over 65,536 prototypes is no

@@ -8,9 +8,9 @@ from transformers import BitImageProcessor
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.data.captions import CaptionCollate, load_or_train_tokenizer
+from hf_vitreg.objective_options import CLIPOptions
 from hf_vitreg.objectives.clip import CLIPObjective
 from hf_vitreg.objectives.text_towers import text_tower
-from hf_vitreg.pretrain_recipe import CLIPOptions
 
 
 COLOURS = ("red", "lime", "blue", "yellow", "fuchsia", "aqua", "white", "black")

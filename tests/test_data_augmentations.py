@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 
 from hf_vitreg.data.augmentations import clip_transform, post_hoc_transform
 from hf_vitreg.distributed import forked_rng
-from hf_vitreg.pretrain_recipe import CLIPOptions, PostHocOptions
+from hf_vitreg.objective_options import CLIPOptions, PostHocOptions
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

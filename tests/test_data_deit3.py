@@ -14,7 +14,7 @@ from hf_vitreg.data import photometric
 from hf_vitreg.data.augmentations import PixelValues
 from hf_vitreg.data.deit3 import ThreeAugment, label_mixing, supervised_transform
 from hf_vitreg.distributed import forked_rng
-from hf_vitreg.pretrain_recipe import SupervisedOptions
+from hf_vitreg.objective_options import SupervisedOptions
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,7 +17,7 @@ PACKAGE = "hf_vitreg"
 MODEL = {"configuration_vitreg", "modeling_vitreg"}
 METHOD = {
     *MODEL,
-    "pretrain_recipe",
+    "objective_options",
     "objectives.averaging",
     "objectives.base",
     "objectives.heads",
@@ -34,14 +34,15 @@ ALLOWED = {
     "original_layouts": set(),
     "__init__": {*MODEL, "original_layouts"},
     "recipe": set(),
-    "pretrain_recipe": {"recipe"},
+    "objective_options": set(),
+    "pretrain_recipe": {"recipe", "objective_options"},
     "distributed": set(),
     "atomic": set(),
     "machine": {"distributed"},
     "matmul": {"machine"},
-    "data": {"recipe", "pretrain_recipe", "distributed"},
+    "data": {"recipe", "pretrain_recipe", "objective_options", "distributed"},
     "metrics": {"recipe", "distributed"},
-    "training": {"recipe", "pretrain_recipe", "distributed", "machine", "training.schedules"},
+    "training": {"recipe", "pretrain_recipe", "objective_options", "distributed", "machine", "training.schedules"},
     # functions of a step, which losses have schedules of too
     "training.schedules": set(),
     # and views of a batch, that a teacher is averaged over
@@ -53,7 +54,7 @@ ALLOWED = {
     "objectives.averaging": set(),
     "objectives.losses": {"recipe", "distributed"},
     "objectives.heads": {"distributed"},
-    "objectives.text_towers": {"pretrain_recipe"},
+    "objectives.text_towers": {"objective_options"},
     "objectives.packing": {*MODEL, "objectives.recomputed"},
     "objectives.recomputed": MODEL,
     "objectives.base": {*MODEL, "distributed"},
@@ -63,6 +64,9 @@ ALLOWED = {
     "objectives.post_hoc": {*METHOD, "registers.post_hoc"},
     "hub": TOOL,
     "deployment": TOOL,
+    # features of many images are those that evaluations are made of, of images that an inspection finds too
+    "deployment.extract": {*TOOL, "matmul", "evaluation", "deployment", "deployment.image_sources"},
+    "deployment.image_sources": {*TOOL, "analysis"},
     "evaluation": TOOL,
     # what is watched in training is what both of them measure
     "evaluation.monitoring": {*TOOL, "evaluation", "analysis"},

@@ -9,8 +9,8 @@ from two_processes import results_of_two
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.data.masking import describe
+from hf_vitreg.objective_options import DINOOptions
 from hf_vitreg.objectives.dino import DINOObjective
-from hf_vitreg.pretrain_recipe import DINOOptions
 
 
 BATCH_SIZE, NUM_LOCAL, TOTAL_STEPS = 6, 3, 40

@@ -10,8 +10,9 @@ from reference import COLS, PATCH_SIZE, ROWS, VARIANTS, images, randomize, tiny_
 
 from hf_vitreg import ViTRegModel
 from hf_vitreg.evaluation.monitoring import patch_outliers
+from hf_vitreg.objective_options import PostHocOptions
 from hf_vitreg.objectives.post_hoc import PostHocObjective
-from hf_vitreg.pretrain_recipe import PostHocOptions, PretrainOptimizerOptions
+from hf_vitreg.pretrain_recipe import PretrainOptimizerOptions
 from hf_vitreg.registers.post_hoc import Views, denoised_features, draw_views
 from hf_vitreg.registers.warm_start import add_registers
 from hf_vitreg.training.optim import pretraining_groups

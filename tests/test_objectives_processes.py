@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of_two
 
 from hf_vitreg import ViTRegForImageClassification, ViTRegModel
+from hf_vitreg.objective_options import PostHocOptions, SupervisedOptions
 from hf_vitreg.objectives.base import Objective
 from hf_vitreg.objectives.post_hoc import PostHocObjective
 from hf_vitreg.objectives.supervised import SupervisedObjective
-from hf_vitreg.pretrain_recipe import PostHocOptions, SupervisedOptions
 from hf_vitreg.registers.post_hoc import draw_views
 from hf_vitreg.registers.warm_start import add_registers
 

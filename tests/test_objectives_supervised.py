@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from reference import VARIANTS, images, randomize, tiny_config
 
 from hf_vitreg import ViTRegForImageClassification
+from hf_vitreg.objective_options import SupervisedOptions
 from hf_vitreg.objectives.supervised import SupervisedObjective
-from hf_vitreg.pretrain_recipe import SupervisedOptions
 
 
 BATCH_SIZE, NUM_LABELS = 5, 11

@@ -13,8 +13,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.data.transforms import new_image_processor
 from hf_vitreg.hub.export import PRETRAINING_HEADS
+from hf_vitreg.objective_options import DINOOptions
 from hf_vitreg.objectives.dino import DINONetwork
-from hf_vitreg.pretrain_recipe import DINOOptions, PretrainRecipe
+from hf_vitreg.pretrain_recipe import PretrainRecipe
 from hf_vitreg.pretraining.models import (
     build_backbone,
     build_classifier,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_vitreg import ViTRegConfig, ViTRegForImageClassification, ViTRegModel
+from hf_vitreg.objective_options import DINOOptions
 from hf_vitreg.objectives.dino import DINOObjective
-from hf_vitreg.pretrain_recipe import DINOOptions, PretrainOptimizerOptions
+from hf_vitreg.pretrain_recipe import PretrainOptimizerOptions
 from hf_vitreg.recipe import OptimizerOptions
 from hf_vitreg.training.optim import (
     Schedule,

@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torchvision.transforms import v2
 
-from ..pretrain_recipe import CLIPOptions, PostHocOptions
+from ..objective_options import CLIPOptions, PostHocOptions
 
 
 @dataclasses.dataclass(frozen=True)

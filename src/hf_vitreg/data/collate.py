@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from ..pretrain_recipe import SupervisedOptions
+from ..objective_options import SupervisedOptions
 from ..recipe import AugmentationOptions
 
 

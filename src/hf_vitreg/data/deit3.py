@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from ..distributed import derived_seed, forked_rng
-from ..pretrain_recipe import SupervisedOptions
+from ..objective_options import SupervisedOptions
 from . import photometric
 from .augmentations import PixelValues, normalized, random_resized_crop
 from .collate import mixing

@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..distributed import derived_seed
-from ..pretrain_recipe import NUM_GLOBAL_CROPS, PretrainRecipe
+from ..objective_options import NUM_GLOBAL_CROPS
+from ..pretrain_recipe import PretrainRecipe
 from . import photometric
 from .masking import batch_masks
 

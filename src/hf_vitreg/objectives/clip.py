@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTex
 
 from ..distributed import whole
 from ..modeling_vitreg import ViTRegModel
-from ..pretrain_recipe import CLIPOptions
+from ..objective_options import CLIPOptions
 from .averaging import ema_update, frozen_copy
 from .base import Objective
 from .losses.contrastive import clip_loss, siglip_loss

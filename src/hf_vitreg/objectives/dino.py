@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modeling_vitreg import ViTRegModel
-from ..pretrain_recipe import NUM_GLOBAL_CROPS, DINOOptions
+from ..objective_options import NUM_GLOBAL_CROPS, DINOOptions
 from ..training.schedules import cosine, linear
 from .averaging import ema_update
 from .base import Objective

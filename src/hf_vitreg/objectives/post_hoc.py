@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_vitreg import ViTRegModel
-from ..pretrain_recipe import PostHocOptions
+from ..objective_options import PostHocOptions
 from ..registers.post_hoc import Views, denoised_features
 from .base import Objective
 from .losses.features import cosine_distance, squared_distance

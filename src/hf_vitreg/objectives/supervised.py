@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_vitreg import ViTRegForImageClassification, ViTRegModel
-from ..pretrain_recipe import SupervisedOptions
+from ..objective_options import SupervisedOptions
 from .averaging import ema_update, frozen_copy
 from .base import Objective
 from .losses.classification import binary_cross_entropy, hard_distillation, soft_cross_entropy, soft_distillation

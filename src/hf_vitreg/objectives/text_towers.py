@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..pretrain_recipe import CLIPOptions
+from ..objective_options import CLIPOptions
 
 
 class TextTower(nn.Module):

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..pretrain_recipe import NUM_GLOBAL_CROPS, PretrainRecipe
+from ..objective_options import NUM_GLOBAL_CROPS
+from ..pretrain_recipe import PretrainRecipe
 
 
 @dataclasses.dataclass(frozen=True)

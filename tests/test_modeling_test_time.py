@@ -339,9 +339,13 @@ def test_crops_that_are_whole_are_what_the_model_makes_of_them():
     torch.testing.assert_close(forward_crops(model, crops, [None, None]), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("read", [None, [torch.tensor([0, 27])]])
-def test_crops_that_are_packed_or_picked_apart_are_refused(read):
+def test_packed_crops_are_refused_before_they_are_made():
+    with pytest.raises(ValueError, match="train without --pack_crops"):
+        prepare_for_crops(make(), pack_crops=True)
+
+
+def test_tokens_picked_in_a_layer_with_register_neurons_are_refused():
     model = make(register_neurons={4: [3]}).train()
-    prepare_for_crops(model, pack_crops=read is None)
+    prepare_for_crops(model)
     with pytest.raises(ValueError, match=r"need all tokens of an image together.*got \(\d+, 192\)"):
-        forward_crops(model, [images()], [None], read)
+        forward_crops(model, [images()], [None], [torch.tensor([0, 27])])

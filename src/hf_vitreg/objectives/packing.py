@@ -27,7 +27,15 @@ def prepare_for_crops(
         pack_crops: Whether crops of all sizes share matrix products.
         last_alone: Whether the last layer alone does, which is all that a teacher gains from. Accelerate finds by the
             name of the others' class where FSDP is to cut.
+
+    Raises:
+        ValueError: for packed crops of a model with test-time registers, whose layers need an image's tokens together.
     """
+    if pack_crops and backbone.config.num_test_time_registers:
+        raise ValueError(
+            "The model has test-time registers, whose neurons need all tokens of an image together, and packed crops "
+            "mix images: train without --pack_crops, or the model as it was before they were added."
+        )
     for layer in backbone.encoder.layer[-1 if last_alone else 0 :]:
         # FSDP and torch's parametrizations change a module's class too: weights, hooks and names stay
         layer.__class__ = CropsLayer

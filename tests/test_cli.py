@@ -21,6 +21,10 @@ from typer.testing import CliRunner
 import hf_vitreg
 from hf_vitreg import cli
 from hf_vitreg.analysis import defect_report, report
+from hf_vitreg.deployment import export as deployment
+from hf_vitreg.deployment import extract
+from hf_vitreg.deployment.extract import Extracted, FeatureOptions
+from hf_vitreg.deployment.program import Exported
 from hf_vitreg.evaluation import evaluate as evaluation
 from hf_vitreg.evaluation.options import EvaluationOptions
 from hf_vitreg.hub import export
@@ -276,6 +280,34 @@ def test_registers_says_in_one_line_what_is_wrong(tmp_path):
     assert run("registers", tmp_path, tmp_path / "out").exit_code == 2, "usage"
 
 
+# export
+
+
+def test_export_hands_on_the_model_and_its_image_processor(model, tmp_path, monkeypatch):
+    calls = []
+
+    def export_model(*args):
+        calls.append(args)
+        return Exported(args[1], ("logits", "patch_tokens"), ((1, 3, 28, 28), (3, 3, 21, 35)), 3.4e-7)
+
+    monkeypatch.setattr(deployment, "export_model", export_model)
+    for name, options, overwrite in (("tiny.onnx", (), False), ("tiny.pt2", ("--overwrite",), True)):
+        path = tmp_path / name
+        done = run("export", model, path, *options)
+        expected = "Outputs: logits, patch_tokens. On images of 1x3x28x28 and 3x3x21x35 within 3e-07 of torch."
+        assert (done.exit_code, done.stdout) == (0, f"{expected}\n{path}\n"), done.stderr
+        exported, *others = calls.pop()
+        assert isinstance(exported, hf_vitreg.ViTRegModel)
+        assert others[0] == path and others[1].image_mean and others[2] is overwrite
+
+
+def test_export_says_what_is_wrong_before_it_loads_anything(tmp_path):
+    done = run("export", "no/model", tmp_path / "model.bin")
+    assert (done.exit_code, done.stdout) == (1, "") and done.stderr.startswith("Error: ")
+    assert ".onnx" in done.stderr and ".pt2" in done.stderr
+    assert run("export", tmp_path).exit_code == 2, "usage"
+
+
 # evaluate
 
 
@@ -455,3 +487,64 @@ def test_evaluate_needs_the_card_before_it_begins(sources, tmp_path, monkeypatch
     done = evaluate(tmp_path, "knn", sources / "birds", tmp_path / "out", "--update_card")
     assert done.exit_code == 1 and done.stderr.startswith(f"Error: There is no card {tmp_path / 'README.md'}")
     assert not (tmp_path / "out").exists()
+
+
+def test_features_has_an_option_for_every_setting_with_its_default():
+    parameters = inspect.signature(cli.features).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert cli._words(defaults.pop("tokens")) == FeatureOptions().tokens
+    settings = {name: value for name, value in vars(FeatureOptions()).items() if name != "tokens"}
+    no_settings = {"model", "images", "output", "device", "overwrite"}
+    assert {name: value for name, value in defaults.items() if name not in no_settings} == settings
+
+
+def test_features_hands_on_what_was_given_and_prints_how_fast_it_was(tmp_path, monkeypatch):
+    calls = []
+
+    def extract_features(*args, **kwargs):
+        calls.append((args, kwargs))
+        return Extracted(tmp_path / "f.parquet", 8, {"bad": "bad is no image."} if len(calls) > 1 else {}, 8, 2.0, 1.9)
+
+    monkeypatch.setattr(extract, "extract_features", extract_features)
+    done = run("features", "model", "--images", "photos", "--output", "f.parquet")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == f"8 images, 4.0 images/s, model busy 95 %\n{tmp_path / 'f.parquet'}\n"
+    flags = "--tokens cls,patches --layer 7 --dtype float16 --keep-size --max-side 448 --batch-size 5 --num-workers 3"
+    flags += (
+        " --skip-bad-images --split test --config_name big --image-column img --streaming --device cpu --overwrite"
+    )
+    done = run(
+        "features", "model", "--images", "photos", "--images", "more/*.png", "--output", "f.parquet", *flags.split()
+    )
+    assert done.stderr == "Left out: bad is no image.\nLeft out: 1 in all.\n", done.output
+    given = FeatureOptions(
+        tokens=("cls", "patches"),
+        layer=7,
+        dtype="float16",
+        keep_size=True,
+        max_side=448,
+        batch_size=5,
+        num_workers=3,
+        skip_bad_images=True,
+        split="test",
+        config_name="big",
+        image_column="img",
+        streaming=True,
+    )
+    path = Path("f.parquet")
+    assert calls == [
+        (("model", ["photos"], path, FeatureOptions()), {"device": None, "overwrite": False, "progress": True}),
+        (("model", ["photos", "more/*.png"], path, given), {"device": "cpu", "overwrite": True, "progress": True}),
+    ]
+
+
+def test_features_of_a_folder_and_what_is_wrong_in_one_line(model, sources, tmp_path):
+    arguments = ("features", model, "--images", sources / "birds" / "train", "--output", tmp_path / "f.safetensors")
+    done = run(*arguments, "--size", "28x14", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("18 images, ") and done.stdout.endswith(f"{tmp_path / 'f.safetensors'}\n")
+    assert "18/18" in done.stderr and "images/s" in done.stderr
+    done = run(*arguments)
+    assert done.exit_code == 1 and done.stderr.startswith(f"Error: There is a file {tmp_path / 'f.safetensors'}")
+    done = run(*arguments, "--overwrite", "--tokens", "cls,head")
+    assert done.exit_code == 1 and done.stderr.startswith("Error: tokens must be among cls, registers")

@@ -33,6 +33,7 @@ from hf_vitreg import (
     ViTRegForSemanticSegmentation,
     ViTRegModel,
 )
+from hf_vitreg.modeling_vitreg import _interpolate_symbolic
 
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = TINY["hidden_size"], TINY["num_hidden_layers"], TINY["num_attention_heads"]
@@ -180,6 +181,20 @@ def test_other_grids_interpolate_by_the_convention(convention, rows, cols):
     cls_position, patch_positions = embeddings.interpolated_position_embeddings(rows, cols)
     assert torch.equal(patch_positions[0], expected)
     assert torch.equal(cls_position, embeddings.position_embeddings[:, :1])
+
+
+@pytest.mark.parametrize(("offset", "antialias"), [(0.0, True), (0.0, False), (0.1, False)])
+@pytest.mark.parametrize("base", [(ROWS, COLS), (37, 16), (1, 5)])
+def test_exported_programs_interpolate_as_torch_does(offset, antialias, base):
+    """Up and down, by matrices, because a program has no sizes as Python numbers."""
+    grid = torch.randn(1, 11, *base)
+    for rows, cols in ((1, 1), (2, 29), (64, 11), (36, 17), base):
+        target = {"size": (rows, cols), "antialias": antialias}
+        if offset and (rows, cols) != base:
+            target = {"scale_factor": ((rows + offset) / base[0], (cols + offset) / base[1])}
+        expected = torch.nn.functional.interpolate(grid, mode="bicubic", **target)
+        actual = _interpolate_symbolic(grid, rows, cols, offset, antialias)
+        assert relative_error(actual, expected) < 1e-5, (rows, cols)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

@@ -328,6 +328,11 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r} is no list of numbers: give them as 10,20,100.") from None
 
 
+def _words(text: str) -> tuple[str, ...]:
+    """ "cls,registers"."""
+    return tuple(text.split(","))
+
+
 @app.command(context_settings=UNDERSCORES)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Any ViT: a folder, a Hub repository, timm:NAME.")],
@@ -459,6 +464,63 @@ def evaluate(
 
 
 @app.command(context_settings=UNDERSCORES)
+def features(
+    model: Annotated[str, typer.Argument(help="Any ViT: a folder, a Hub repository, timm:NAME.")],
+    images: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder, file or pattern in quotes, of images, parquet files or tars; or a dataset on the Hub. Can "
+            "be given several times."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Ends in .parquet, an image a row, or in .safetensors, stacked.")
+    ],
+    tokens: Annotated[
+        str, typer.Option(parser=_words, metavar="KIND,KIND,...", help="Of cls, registers, patches and patch_mean.")
+    ] = "cls",
+    layer: Annotated[int | None, typer.Option(help="Whose tokens, from 1; by default the last.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="float32|float16", help="Of the file.")] = "float32",
+    size: Annotated[
+        str | None,
+        typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="That the model sees; by default as trained."),
+    ] = None,
+    keep_size: Annotated[
+        bool, typer.Option("--keep-size", help="Every image at its own size, to the nearest whole patches.")
+    ] = False,
+    max_side: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="With --keep-size: scale larger images down.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    num_workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
+    skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave out what cannot be read.")] = False,
+    split: Annotated[str, typer.Option(help="Of a dataset on the Hub.")] = "train",
+    config_name: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Of a table; by default the only one with images.", show_default=False)
+    ] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read tables as they come.")] = False,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there, and what was begun with other options.")
+    ] = False,
+) -> None:
+    """Write the features of many images to a file; started again, it goes on where it was stopped."""
+    given = {name: value for name, value in locals().items() if name not in NO_OPTIONS | {"images"}}
+    from .deployment.extract import FeatureOptions, extract_features
+
+    with user_errors():
+        options = FeatureOptions(**given)
+        done = extract_features(model, images, output, options, device=device, overwrite=overwrite, progress=True)
+    for reason in done.left_out.values():
+        typer.echo(f"Left out: {reason}", err=True)
+    if done.left_out:
+        typer.echo(f"Left out: {len(done.left_out)} in all.", err=True)
+    typer.echo(done.sentence())
+    typer.echo(done.path)
+
+
+@app.command(context_settings=UNDERSCORES)
 def reproduce(
     table: Annotated[
         str, typer.Argument(metavar="TABLE", help="table1 to table5, figure8 or local_probes, of the registers paper.")
@@ -523,6 +585,30 @@ def reproduce(
             reproduced.show()
     if reproduced is not None and reproduced.count("failed"):
         raise typer.Exit(1)
+
+
+@app.command(context_settings=UNDERSCORES)
+def export(
+    model: Annotated[str, typer.Argument(help="A ViTReg of any head, or a dual encoder: a folder, a Hub repository.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT.onnx|OUT.pt2", help="ONNX, or a program of torch.export; the name chooses.")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a ViTReg to a file that needs none of its code, for every batch and image size, and compare it with torch.
+
+    Registers and patches are outputs of their own.
+    """
+    from .deployment.export import check_output, export_model
+    from .registers.source import load_source
+
+    with user_errors():
+        check_output(output, overwrite)
+        source = load_source(model)
+        done = export_model(source.model, output, source.image_processor, overwrite)
+    shapes = " and ".join("x".join(map(str, shape)) for shape in done.shapes)
+    typer.echo(f"Outputs: {', '.join(done.outputs)}. On images of {shapes} within {done.difference:.0e} of torch.")
+    typer.echo(done.path)
 
 
 @app.command(context_settings=UNDERSCORES)

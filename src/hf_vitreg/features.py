@@ -250,18 +250,43 @@ class VisionEncoder:
         Raises:
             ValueError: where the size is no multiple of the patch size, or mean and std are not known.
         """
+        self._require_normalization()
+        size = self.image_size if size is None else size
+        self.grid(*size)
+        return self.normalize(torch.stack([self.fit(image, size) for image in images]))
+
+    def fit(self, image: PIL.Image.Image, size: tuple[int, int]) -> torch.Tensor:
+        """One image resized until it covers a size, the centre cropped: what `preprocess` then normalizes.
+
+        Args:
+            image: Of any mode and size.
+            size: Height and width in pixels.
+
+        Returns:
+            `(3, height, width)`, uint8: a quarter of the memory, to be kept or brought to a device.
+        """
+        height, width = size
+        fitted = PIL.ImageOps.fit(image.convert("RGB"), (width, height), PIL.Image.Resampling.BICUBIC)
+        return image_functional.pil_to_tensor(fitted)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the model takes of images as they come from `fit`.
+
+        Args:
+            pixels: `(batch_size, 3, height, width)`, uint8, on any device.
+
+        Returns:
+            The same shape, float32. Raises `ValueError` where mean and std are not known.
+        """
+        self._require_normalization()
+        return image_functional.normalize(pixels.float() / 255, list(self.mean), list(self.std))
+
+    def _require_normalization(self) -> None:
         if self.mean is None or self.std is None:
             raise ValueError(
                 f"What {self.name} normalizes its images with is not known: it has no preprocessor_config.json. Save "
                 "its image processor beside it, or give mean and std to VisionEncoder.wrap."
             )
-        height, width = self.image_size if size is None else size
-        self.grid(height, width)
-        fitted = [
-            PIL.ImageOps.fit(image.convert("RGB"), (width, height), PIL.Image.Resampling.BICUBIC) for image in images
-        ]
-        pixels = torch.stack([image_functional.pil_to_tensor(image) for image in fitted]).float() / 255
-        return image_functional.normalize(pixels, list(self.mean), list(self.std))
 
     # Observation
 

@@ -226,46 +226,55 @@ class ViTRegEmbeddings(nn.Module):
         # (1, base_rows * base_cols, hidden_size) -> (1, hidden_size, base_rows, base_cols)
         grid = patch_positions.float().unflatten(1, self.grid_size).permute(0, 3, 1, 2)
         offset, antialias = self.config.interpolate_offset, self.config.interpolate_antialias
+        # An exported program has no sizes as Python numbers, and ONNX no antialiased bicubic that is torch's.
         # CODEPATH: DINOv2 with registers interpolates to a size, DINOv2 without by scale factors
-        if offset == 0:
+        if offset == 0 and not torch.compiler.is_exporting():
             grid = nn.functional.interpolate(grid, size=(rows, cols), mode="bicubic", antialias=antialias)
         # antialiased scale factors have no symbolic form: their export keeps one size, and torch.export says so
-        elif torch.compiler.is_compiling() and not antialias:
-            grid = _interpolate_symbolic(grid, rows, cols, offset)
+        elif offset == 0 or (torch.compiler.is_compiling() and not antialias):
+            grid = _interpolate_symbolic(grid, rows, cols, offset, antialias)
         else:
             scale = tuple((new + offset) / base for new, base in zip((rows, cols), self.grid_size))
             grid = nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
         return prefix_positions, grid.permute(0, 2, 3, 1).flatten(1, 2).to(patch_positions.dtype)
 
 
-def _interpolate_symbolic(grid: torch.Tensor, rows: int, cols: int, offset: float) -> torch.Tensor:
-    """`interpolate(grid, scale_factor=((rows + offset) / base_rows, ..), mode="bicubic")` for symbolic rows and cols.
+def _interpolate_symbolic(grid: torch.Tensor, rows: int, cols: int, offset: float, antialias: bool) -> torch.Tensor:
+    """Bicubic `interpolate(grid, scale_factor=((rows + offset) / base_rows, ..))` for symbolic rows and cols.
 
-    `interpolate` takes its factors as Python numbers, which fixes a traced program to one size; here they are tensors.
-    At the base grid the factor is 1, as in DINOv2.
+    Two products with matrices, so that nothing but arithmetic is left in a traced program. `interpolate` takes its
+    factors as Python numbers, which fixes the program to one size; here they are tensors. At the base grid the factor
+    is 1, as in DINOv2.
     """
     base = torch.tensor(grid.shape[-2:], device=grid.device)
     indices = [torch.arange(size, device=grid.device) for size in (rows, cols)]
     sizes = torch.stack([index[-1] for index in indices]) + 1
-    scales = (sizes + offset * (sizes != base).any()) / base
+    spacings = base / (sizes + offset * (sizes != base).any())
     row_weights, col_weights = (
-        _cubic_weights((index + 0.5) / scale - 0.5, cells)
-        for index, scale, cells in zip(indices, scales, grid.shape[-2:])
+        _cubic_weights(spacing * (index + 0.5), cells, spacing if antialias else None)
+        for index, spacing, cells in zip(indices, spacings, grid.shape[-2:])
     )
-    padded = nn.functional.pad(grid[0], (2, 2, 2, 2), mode="replicate")
+    padded = grid[0] if antialias else nn.functional.pad(grid[0], (2, 2, 2, 2), mode="replicate")
     return (row_weights @ (padded @ col_weights.mT))[None]
 
 
-def _cubic_weights(centres: torch.Tensor, num_cells: int) -> torch.Tensor:
-    """Cubic convolution (Keys, 1981, a = -0.75) as a matrix: of shape `(len(centres), num_cells + 4)`.
+def _cubic_weights(centres: torch.Tensor, num_cells: int, spacing: torch.Tensor | None) -> torch.Tensor:
+    """Cubic convolution (Keys, 1981) as a matrix: of shape `(len(centres), num_cells)`, or `num_cells + 4`.
 
-    Centres are in units of cells, of which two are added at both ends.
+    Centres are in units of cells, the first of which begins at 0. Antialiased (a = -0.5), the kernel is as wide as
+    their `spacing` where that is more than a cell, and cut off at the border. Without `spacing` (a = -0.75) two cells
+    are added at both ends.
     """
-    cells = torch.arange(-2, num_cells + 2, device=centres.device)
-    distance = (centres[:, None] - cells).abs()
-    near = (1.25 * distance - 2.25) * distance**2 + 1
-    far = ((3.75 - 0.75 * distance) * distance - 6) * distance + 3
-    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0))
+    a, border = (-0.75, 2) if spacing is None else (-0.5, 0)
+    cells = torch.arange(-border, num_cells + border, device=centres.device)
+    # in the order in which torch rounds
+    distance = (cells - centres[:, None] + 0.5).abs()
+    if spacing is not None:
+        distance = distance / spacing.clamp(min=1)
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * a
+    weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0))
+    return weights if spacing is None else weights / weights.sum(dim=1, keepdim=True)
 
 
 class ViTRegRotaryEmbeddings(nn.Module):

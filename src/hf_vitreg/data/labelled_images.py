@@ -311,7 +311,7 @@ def _streamed(
         dataset = _load(found, data_files=list(found.places), split="train", streaming=True)
         identity = combined_hash(map(_file_digest, found.places))
     else:
-        commit = _commit(found.places[0])
+        commit = hub_commit(found.places[0])
         dataset = _load(found, name=config_name, split=found.split, revision=commit, streaming=True)
         identity = f"{found.places[0]} {config_name} {found.split} at {commit}"
     if dataset.features is None:
@@ -370,7 +370,8 @@ def hub_splits(repository: str, config_name: str | None) -> list[str]:
         raise ValueError(f"There is no {repository} here, nor on the Hub: {cause}. {_EXPECTED}") from error
 
 
-def _commit(repository: str) -> str:
+def hub_commit(repository: str) -> str:
+    """The commit that a dataset on the Hub is at. Raises `ValueError` where the Hub does not tell it."""
     try:
         return HfApi().dataset_info(repository).sha
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:

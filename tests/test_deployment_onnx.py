@@ -123,11 +123,11 @@ VARIED = {
         ViTRegBackbone,
         {**VARIANTS["mean"], "num_register_tokens": 0, "interpolate_offset": 0.1, "interpolate_antialias": False},
     ),
-    "depth": (ViTRegForDepthEstimation, {"interpolate_antialias": False, "num_depth_bins": 13}),
 }
 SLOW = {name: (ViTRegForImageClassification, {"num_hidden_layers": 4, **values}) for name, values in VARIANTS.items()}
 SLOW |= {
     "segmentation": (ViTRegForSemanticSegmentation, {"num_hidden_layers": 4}),
+    "depth": (ViTRegForDepthEstimation, {"interpolate_antialias": False, "num_depth_bins": 13}),
     "one number for a layer": (ViTRegModel, {**TEST_TIME, "register_neuron_reduce": "layer"}),
 }
 

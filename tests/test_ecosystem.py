@@ -25,7 +25,11 @@ from hf_vitreg import (
 
 NUM_LAYERS = TINY["num_hidden_layers"]
 DENSE_CLASSES = [ViTRegForSemanticSegmentation, ViTRegForDepthEstimation]
-MODEL_CLASSES = [ViTRegModel, ViTRegForImageClassification, ViTRegBackbone, *DENSE_CLASSES]
+# of the dense heads the backbone is compiled and exported as one, and they themselves by the slow tests
+MODEL_CLASSES = [
+    *(ViTRegModel, ViTRegForImageClassification, ViTRegBackbone),
+    *(pytest.param(model_class, marks=pytest.mark.slow) for model_class in DENSE_CLASSES),
+]
 WITH_REGISTERS = {"interpolate_offset": 0.0, "interpolate_antialias": True}
 WITHOUT_REGISTERS = {"interpolate_offset": 0.1, "interpolate_antialias": False, "num_register_tokens": 0}
 CONVENTIONS = [WITH_REGISTERS, WITHOUT_REGISTERS]

@@ -296,7 +296,9 @@ def test_it_is_remote_code_where_hf_vitreg_is_absent(tmp_path):
 # Compilation and export
 
 
-@pytest.mark.parametrize("values", [{}, {**ROPE, **SWIGLU, "register_neuron_reduce": "layer"}])
+@pytest.mark.parametrize(
+    "values", [pytest.param({}, marks=pytest.mark.slow), {**ROPE, **SWIGLU, "register_neuron_reduce": "layer"}]
+)
 @torch.no_grad()
 def test_compiled_model_equals_eager(values):
     torch.compiler.reset()
@@ -307,6 +309,7 @@ def test_compiled_model_equals_eager(values):
         assert relative_error(compiled(pixel_values)[0], model(pixel_values)[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_training_step_has_the_gradients_of_an_eager_one():
     torch.compiler.reset()
     model, pixel_values = make(num_hidden_layers=4).train(), images()

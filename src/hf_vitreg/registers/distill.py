@@ -76,7 +76,7 @@ def train(command: Sequence[str]) -> None:
 def distilled(source: Source, folder: Path) -> ViTRegPreTrainedModel:
     """The vision model of the source with what was trained in a folder, its heads and its config besides.
 
-    CLS was not trained, so that heads which read it still fit.
+    No loss saw CLS, but what it passes was trained: how far it moved, and with it what heads read, is measured after.
 
     Raises:
         ValueError: where what was trained is another model.

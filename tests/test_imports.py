@@ -63,7 +63,7 @@ ALLOWED = {
     "objectives.clip": METHOD,
     "objectives.post_hoc": {*METHOD, "registers.post_hoc"},
     "hub": TOOL,
-    "deployment": TOOL,
+    "deployment": {*TOOL, "matmul"},
     # features of many images are those that evaluations are made of, of images that an inspection finds too
     "deployment.extract": {*TOOL, "matmul", "evaluation", "deployment", "deployment.image_sources"},
     "deployment.image_sources": {*TOOL, "analysis"},

@@ -68,6 +68,11 @@ def processor_family() -> int | None:
     return int(family) if family else None
 
 
+def processor_features() -> list[str]:
+    """What instructions the CPU has, `avx512_bf16` among them, where the system tells it."""
+    return (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+
+
 def _cpuinfo(key: str) -> str | None:
     """Of the first core, as Linux tells it."""
     path = Path("/proc/cpuinfo")

@@ -2,6 +2,9 @@
 # Licensed under the Apache License, Version 2.0.
 """Which library multiplies float32 matrices on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .machine import processor_family, processor_name
@@ -34,6 +37,17 @@ def use_fast_float32_matmul() -> bool:
         return True
     torch.set_float32_matmul_precision("highest")
     return False
+
+
+@contextmanager
+def fast_float32_matmul() -> Iterator[None]:
+    """`use_fast_float32_matmul` in this context alone."""
+    before = torch.get_float32_matmul_precision()
+    use_fast_float32_matmul()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _mkl_is_slow() -> bool:

@@ -55,6 +55,7 @@ from hf_vitreg.hub.export import check_can_publish, publish, write_model_reposit
 from hf_vitreg.machine import describe_machine
 from hf_vitreg.matmul import use_fast_float32_matmul
 from hf_vitreg.metrics.accuracy import Accuracy
+from hf_vitreg.objectives.packing import prepare_for_images
 from hf_vitreg.recipe import FinetuneRecipe, ModelOptions, parse_recipe, recipe_yaml
 from hf_vitreg.training.checkpoint import Checkpoints, RunState
 from hf_vitreg.training.metrics import MetricsLog, plot_curves
@@ -139,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         model.vitreg.requires_grad_(False)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    # Accelerate finds by the name of the layers' class where FSDP is to cut
+    if not is_sharded(accelerator):
+        prepare_for_images(model)
 
     # ---------------------------------------------------------------------------------------------------- optimizer
     optimizer = adamw(model, model.config.num_hidden_layers, recipe)

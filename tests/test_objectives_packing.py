@@ -7,7 +7,7 @@ import torch
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.modeling_vitreg import ViTRegLayer
-from hf_vitreg.objectives.packing import forward_crops, prepare_for_crops
+from hf_vitreg.objectives.packing import forward_crops, prepare_for_crops, prepare_for_images
 
 
 SIZES = [(20, 12), (8, 16)]
@@ -128,6 +128,40 @@ def test_adapters_learn_as_in_the_model_itself(targets):
     assert_same_gradients(prepared, plain, found, expected)
     learned = [name for name, parameter in prepared.named_parameters() if parameter.grad is not None]
     assert learned and all("lora_" in name for name in learned)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batches_of_one_size_have_the_same_gradients_and_keep_less(variant):
+    plain = model(**VARIANTS[variant], drop_path_rate=0.4).train()
+    prepared = copy.deepcopy(plain)
+    prepare_for_images(prepared)
+    tokens, kept = [], []
+    for backbone in (prepared, plain):
+        saved = {}
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: keep(x, saved), lambda x: x):
+            tokens.append([backbone(crops()[0]).last_hidden_state])
+        kept.append(sum(storage.nbytes() for storage in saved.values()))
+    torch.testing.assert_close(*tokens, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(prepared, plain, *tokens)
+    assert kept[0] < (1 if variant == "another activation" else 0.8) * kept[1]
+
+
+def keep(tensor: torch.Tensor, saved: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return tensor
+
+
+def test_batches_of_one_size_give_what_is_asked_for():
+    plain = model().train()
+    prepared = copy.deepcopy(plain)
+    prepare_for_images(prepared)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    expected, found = (each(crops()[0], **asked) for each in (plain, prepared))
+    for name in ("hidden_states", "attentions"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    maps = prepared.get_attention_maps(crops()[0], layer=1)
+    torch.testing.assert_close(maps, plain.get_attention_maps(crops()[0], layer=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

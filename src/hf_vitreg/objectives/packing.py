@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ..modeling_vitreg import ViTRegLayer, ViTRegModel, ViTRegResidual, ViTRegSwiGLUFFN
 from .recomputed import activated_linear, add_to_rows, are_plain, can_recompute, can_scale, normed_linears
@@ -41,6 +42,19 @@ def prepare_for_crops(
         layer.__class__ = CropsLayer
         layer.drop_path_subset = drop_path_subset
         layer.pack_crops = pack_crops
+
+
+def prepare_for_images(model: nn.Module) -> None:
+    """Lets the layers of a model of any head keep less for the backward pass, as crops do, of a batch of one size.
+
+    Results and gradients are the model's but for rounding. Hooks on attention and residuals as a whole are not called
+    in training, unless attention is asked for.
+    """
+    for layer in model.modules():
+        if type(layer) is ViTRegLayer:
+            layer.__class__ = CropsLayer
+            layer.drop_path_subset = layer.pack_crops = False
+            layer.keep_less = True
 
 
 def forward_crops(
@@ -131,6 +145,7 @@ class CropsLayer(ViTRegLayer):
 
     drop_path_subset: bool
     pack_crops: bool
+    keep_less: bool = False  # of a tensor too
 
     def forward(self, hidden_states, position_embeddings=None, read=None, **kwargs):
         """Of a tensor what `ViTRegLayer` does; of a list the list after the layer, with a rotation or none each.
@@ -138,7 +153,20 @@ class CropsLayer(ViTRegLayer):
         Where `read` has positions, `(num_read,)`, their tokens alone come back, `(num_read, hidden_size)`.
         """
         if isinstance(hidden_states, torch.Tensor):
+            asks_for_attention = kwargs.get("output_attentions", self.attention.config.output_attentions)
+            if (
+                self.keep_less
+                and torch.is_grad_enabled()
+                and not asks_for_attention
+                and "attention_rows" not in kwargs
+            ):
+                return self._of_crops([hidden_states], [position_embeddings])[0]
             return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        return self._of_crops(hidden_states, position_embeddings, read)
+
+    def _of_crops(
+        self, hidden_states: Sequence[torch.Tensor], position_embeddings: Sequence, read: Sequence | None = None
+    ) -> list[torch.Tensor]:
         read = [None] * len(hidden_states) if read is None else read
         of_attention, of_mlp = (
             [self._drawn(tokens, residual) for tokens in hidden_states]

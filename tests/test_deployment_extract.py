@@ -19,8 +19,9 @@ import torch
 from reference import WITHOUT_CLS, randomize, relative_error, tiny_config
 from safetensors.torch import load_file
 from sample_images import colour_image, write_parquet
+from transformers import ViTConfig, ViTModel
 
-from hf_vitreg import ViTRegModel
+from hf_vitreg import ViTRegModel, matmul
 from hf_vitreg.data.image_data import decode
 from hf_vitreg.deployment import extract
 from hf_vitreg.deployment.extract import KINDS, Extracted, FeatureOptions, extract_features, in_background
@@ -405,6 +406,7 @@ def test_no_image_is_too_few(encoder, tmp_path):
         ({"tokens": ("head",)}, "tokens must be among cls, registers, patches, patch_mean, got 'head'"),
         ({"tokens": ()}, "tokens must be among .* got none"),
         ({"dtype": "int8"}, "dtype must be among float32, float16, got 'int8'"),
+        ({"optimize": "fast"}, "optimize must be among float32, bfloat16, int8, got 'fast'"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"keep_size": True, "size": (14, 14)}, "size goes without keep_size"),
         ({"max_side": 14}, "max_side is for images that keep their size"),
@@ -479,7 +481,7 @@ def test_how_busy_the_model_was():
 
 def test_the_matmul_of_the_process_is_given_back(encoder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        extract, "use_fast_float32_matmul", lambda: torch.set_float32_matmul_precision("medium") or True
+        matmul, "use_fast_float32_matmul", lambda: torch.set_float32_matmul_precision("medium") or True
     )
     seen, forward = [], extract._Run._forward
     monkeypatch.setattr(
@@ -489,6 +491,26 @@ def test_the_matmul_of_the_process_is_given_back(encoder, folder, tmp_path, monk
     )
     extract_features(encoder, [folder], tmp_path / "some.parquet", options())
     assert set(seen) == {"medium"} and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_an_optimized_model_gives_the_same(encoder, folder, tmp_path, monkeypatch, layer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    plain, fast, half = (
+        extract_features(encoder, [folder], tmp_path / f"{name}.safetensors", options(layer=layer, optimize=name)).path
+        for name in (None, "float32", "bfloat16")
+    )
+    expected, exact, rounded = (load_file(path) for path in (plain, fast, half))
+    for name in ("cls", "patches"):
+        torch.testing.assert_close(exact[name], expected[name], rtol=1e-4, atol=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(rounded[name], expected[name], dim=-1)
+        assert cosine.min() > 0.99 and not torch.equal(rounded[name], expected[name])
+
+
+def test_models_that_are_no_vitreg_are_not_optimized(folder, tmp_path):
+    other = VisionEncoder.wrap(ViTModel(ViTConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2)), "vit")
+    with pytest.raises(ValueError, match="optimize is for ViTReg models, which vit is not"):
+        extract_features(other, [folder], tmp_path / "some.parquet", options(tokens=("cls",), optimize="float32"))
 
 
 def test_what_is_read_in_the_background_comes_in_order():

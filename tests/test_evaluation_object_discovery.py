@@ -286,6 +286,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow  # test_evaluation_evaluate.py has two processes, too
 def test_two_processes_find_what_one_does(tmp_path):
     (tmp_path / "both.py").write_text(TWO_PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

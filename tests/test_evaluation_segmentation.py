@@ -209,6 +209,7 @@ torch.save(
 """
 
 
+@pytest.mark.slow  # test_evaluation_evaluate.py has two processes, too
 def test_two_processes_train_and_evaluate_as_one(tmp_path):
     """Five images, so that one process has more of them than the other."""
     from test_evaluation_depth import DEPTHS, WITH_CLS

@@ -160,6 +160,7 @@ print(json.dumps(found) + "\\n", end="", flush=True)
 """
 
 
+@pytest.mark.slow  # test_evaluation_evaluate.py has two processes, too
 def test_two_processes_count_every_image_once(folder, dual, tmp_path):
     """Seven images over two processes; of one image a process has none."""
     (tmp_path / "both.py").write_text(BOTH.format(pictures=inspect.getsource(Pictures), folder=str(folder / "model")))

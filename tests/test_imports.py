@@ -67,6 +67,8 @@ ALLOWED = {
     # features of many images are those that evaluations are made of, of images that an inspection finds too
     "deployment.extract": {*TOOL, "matmul", "evaluation", "deployment", "deployment.image_sources"},
     "deployment.image_sources": {*TOOL, "analysis"},
+    # what a model computes is counted where the cost of registers is
+    "deployment.benchmark": {*TOOL, "analysis", "deployment"},
     "evaluation": TOOL,
     # what is watched in training is what both of them measure
     "evaluation.monitoring": {*TOOL, "evaluation", "analysis"},

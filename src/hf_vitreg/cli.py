@@ -493,6 +493,13 @@ def features(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
     num_workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
+    optimize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|int8",
+            help="Compile a ViTReg, in half a minute, and compute in this; by default it computes as it is.",
+        ),
+    ] = None,
     skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave out what cannot be read.")] = False,
     split: Annotated[str, typer.Option(help="Of a dataset on the Hub.")] = "train",
     config_name: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
@@ -609,6 +616,40 @@ def export(
     shapes = " and ".join("x".join(map(str, shape)) for shape in done.shapes)
     typer.echo(f"Outputs: {', '.join(done.outputs)}. On images of {shapes} within {done.difference:.0e} of torch.")
     typer.echo(done.path)
+
+
+@app.command(context_settings=UNDERSCORES)
+def benchmark(
+    model: Annotated[str, typer.Argument(help="A ViTReg of any head, or a dual encoder: a folder, a Hub repository.")],
+    size: Annotated[str, typer.Option(parser=_size, metavar="PIXELS|HEIGHTxWIDTH", help="Of the images.")] = "224",
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(parser=_words, metavar="DTYPE,DTYPE,...", help="Of float32, bfloat16 and int8.")
+    ] = "float32,bfloat16,int8",
+    rounds: Annotated[int, typer.Option(help="In which all take turns.")] = 10,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers, too.")] = None,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1; by default a GPU where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Time a ViTReg as transformers loads it, optimized and in int8, beside what this machine reaches at best.
+
+    The limit is what matrix products reach. Outputs are compared first: what is beyond its tolerance has no time.
+    """
+    from .deployment.benchmark import BenchmarkOptions, benchmark_model, check_json
+    from .machine import usable_device
+    from .registers.source import load_source
+
+    with user_errors():
+        options = BenchmarkOptions(size=size, batch_size=batch_size, dtype=dtype, rounds=rounds)
+        if json_file:
+            check_json(json_file, overwrite)
+        source = load_source(model, usable_device(device))
+        done = benchmark_model(source.vision, options, progress=True)
+        if json_file:
+            done.write(json_file)
+    done.show()
+    if done.has_errors:
+        raise typer.Exit(1)
 
 
 @app.command(context_settings=UNDERSCORES)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_vitreg import ViTRegConfig
 from ..features import VisionEncoder
-from ..modeling_vitreg import ViTRegModel
+from ..modeling_vitreg import ViTRegModel, ViTRegPreTrainedModel
 
 
 NUM_REGISTERS = (0, 1, 2, 4, 8, 16)
@@ -76,12 +76,25 @@ def _size(config: ViTRegConfig, num_register_tokens: int, image_size: tuple[int,
     config = copy.deepcopy(config)
     config.num_register_tokens = num_register_tokens
     config.num_test_time_registers, config.register_neurons = 0, None  # whose shift costs no FLOPs
-    config._attn_implementation = "eager"  # its products are counted on every device
     if image_size is None:
         image_size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    return _counted(ViTRegModel, config, image_size)
+
+
+def forward_flops(model: ViTRegPreTrainedModel, image_size: tuple[int, int]) -> int:
+    """FLOPs of a model of any head for one image of this height and width, counted as those of `RegisterCost`."""
+    return _counted(type(model), model.config, image_size)[1]
+
+
+def _counted(
+    model_class: type[ViTRegPreTrainedModel], config: ViTRegConfig, image_size: tuple[int, int]
+) -> tuple[int, int]:
+    """Parameters, and FLOPs of one image, of a model without weights."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # its products are counted on every device
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         # frozen, and not under no_grad: the counter asks tensors that require a gradient for the function of theirs
-        model = ViTRegModel(config).eval().requires_grad_(False)
+        model = model_class(config).eval().requires_grad_(False)
         model(torch.empty(1, config.num_channels, *image_size))
     return model.num_parameters(), counter.get_total_flops()
 

@@ -3,6 +3,7 @@
 """A model at work: faster, in int8, as an ONNX file, as a program of torch, and on very many images."""
 
 from .optimize import optimize
+from .quantize import quantize
 
 
-__all__ = ["optimize"]
+__all__ = ["optimize", "quantize"]

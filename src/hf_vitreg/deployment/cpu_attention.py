@@ -87,7 +87,8 @@ def _built(compiler: str) -> Path:
     return library
 
 
-@torch.library.custom_op("hf_vitreg::cpu_attention", mutates_args=())
+# Any layout will do. Otherwise torch.compile keeps that of three parts of one tensor, each in memory as large as all.
+@torch.library.custom_op("hf_vitreg::cpu_attention", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """`softmax(query key^T * scale) value` of float32 or bfloat16 on a CPU, without gradients.
 

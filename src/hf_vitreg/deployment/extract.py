@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import PIL.Image
 import torch
+from transformers import PreTrainedModel
 
 from ..data.image_data import read_ahead
 from ..distributed import num_cores
@@ -29,7 +30,8 @@ from ..evaluation.feature_cache import encoder_key
 from ..evaluation.progress import progress_bar
 from ..features import VisionEncoder, load_vit, quiet_loading
 from ..machine import memory_errors, usable_device
-from ..matmul import use_fast_float32_matmul
+from ..matmul import fast_float32_matmul
+from ..modeling_vitreg import ViTRegModel
 from .feature_files import (
     DTYPES,
     PATCHES,
@@ -42,12 +44,16 @@ from .feature_files import (
     write_features,
 )
 from .image_sources import ImageSource, SourceImage, open_images
+from .optimize import optimize
+from .quantize import quantize
 
 
 KINDS = ("cls", "registers", PATCHES, "patch_mean")
 WINDOW_BATCHES = 16  # batches of images of many sizes that are sorted by size together
 MAX_WAITING_BYTES = 256 * 2**20  # of images that wait for others of their size
 MAX_PATCHES = 128 * 128  # of an image: more are a mistake more often than a wish
+# what a model can be made to compute in
+FAST = ("float32", "bfloat16", "int8")
 # a shard is written as soon as it has so many images, or bytes, or seconds
 SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 256 * 2**20, 60.0
 
@@ -69,6 +75,8 @@ class FeatureOptions:
         batch_size: Images that go through the model together; with `keep_size` fewer of those that are larger than
             the model's own size.
         num_workers: Threads that decode; by default the cores.
+        optimize: What a ViTReg computes in by `deployment.optimize`, `"float32"` or `"bfloat16"`, or by `quantize`,
+            `"int8"`; by default the model computes as it is.
         skip_bad_images: Leave out what cannot be read.
         split, config_name, image_column, streaming: As for `open_images`.
     """
@@ -81,6 +89,7 @@ class FeatureOptions:
     max_side: int | None = None
     batch_size: int = 32
     num_workers: int | None = None
+    optimize: str | None = None
     skip_bad_images: bool = False
     split: str = "train"
     config_name: str | None = None
@@ -88,11 +97,15 @@ class FeatureOptions:
     streaming: bool = False
 
     def __post_init__(self):
-        for name, values, allowed in (("tokens", self.tokens, KINDS), ("dtype", [self.dtype], DTYPES)):
+        for name, values, allowed in (
+            ("tokens", self.tokens, KINDS),
+            ("dtype", [self.dtype], DTYPES),
+            ("optimize", [self.optimize], (None, *FAST)),
+        ):
             wrong = [value for value in values if value not in allowed]
             if wrong or not values:
                 given = ", ".join(map(repr, wrong)) or "none"
-                raise ValueError(f"{name} must be among {', '.join(allowed)}, got {given}.")
+                raise ValueError(f"{name} must be among {', '.join(filter(None, allowed))}, got {given}.")
         for name in ("batch_size", "num_workers", "max_side"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
@@ -190,8 +203,9 @@ def extract_features(
         description = _description(encoder, source, options)
         partial = PartialFeatures(output, description, overwrite)
         _refuse_left_out(partial, options)
-        with _fast_matmul(encoder.device):
-            return _Run(encoder, source, options, partial, output, progress).run()
+        with fast_float32_matmul() if encoder.device.type == "cpu" else contextlib.nullcontext():
+            optimized = _optimized(encoder, options.optimize)
+            return _Run(encoder, source, options, partial, output, progress, optimized).run()
 
 
 def _require_possible(encoder: VisionEncoder, options: FeatureOptions, output: Path) -> None:
@@ -201,6 +215,8 @@ def _require_possible(encoder: VisionEncoder, options: FeatureOptions, output: P
             raise ValueError(f"{encoder.name} has no {kind}. Choose other tokens among {', '.join(KINDS)}.")
     if not 1 <= _layer(encoder, options) <= encoder.num_layers:
         raise ValueError(f"{encoder.name} has layers 1 to {encoder.num_layers}, got {options.layer}.")
+    if options.optimize and not isinstance(encoder.model, ViTRegModel):
+        raise ValueError(f"optimize is for ViTReg models, which {encoder.name} is not: convert it, or leave it out.")
     if options.max_side is not None and options.max_side < encoder.patch_size:
         raise ValueError(f"max_side is {options.max_side} pixels, less than a patch of {encoder.patch_size}.")
     encoder.preprocess([PIL.Image.new("RGB", (1, 1))], options.size)
@@ -215,6 +231,7 @@ def _description(encoder: VisionEncoder, source: ImageSource, options: FeatureOp
     return {
         "model": {**encoder_key(encoder), "mean": list(encoder.mean), "std": list(encoder.std)},
         "dtype of the weights": str(encoder.dtype),
+        "optimized": options.optimize,
         "images": source.identity,
         # what decides how they are rounded, too
         "batch size": options.batch_size,
@@ -234,15 +251,11 @@ def _refuse_left_out(partial: PartialFeatures, options: FeatureOptions) -> None:
         )
 
 
-@contextlib.contextmanager
-def _fast_matmul(device: torch.device) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cpu":
-        use_fast_float32_matmul()
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _optimized(encoder: VisionEncoder, name: str | None) -> PreTrainedModel | None:
+    """The encoder's model, made to compute in what is named so; `None` where it is to compute as it is."""
+    if name is None:
+        return None
+    return quantize(encoder.model) if name == "int8" else optimize(encoder.model, getattr(torch, name))
 
 
 def in_background(items: Iterable[Item], ahead: int) -> Iterator[Item]:
@@ -323,6 +336,7 @@ class _Run:
     partial: PartialFeatures
     output: Path
     progress: bool
+    optimized: PreTrainedModel | None
     model_seconds: float = 0.0
     first_grid: tuple[int, int] | None = None
     # of the shard that nobody writes yet
@@ -461,14 +475,21 @@ class _Run:
 
     def _forward(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:
         """Features by kind, an image a row. They are copied to the CPU, so that the device has finished."""
-        encoder, layer = self.encoder, _layer(self.encoder, self.options) - 1
-        tokens = encoder.split(encoder.final(encoder.layers(pixels, [layer])[layer]))
+        tokens = self.encoder.split(self.encoder.final(self._tokens(pixels)))
         found = {}
         for kind in KINDS:
             if kind in self.options.tokens:
                 values = tokens.patches.mean(1, dtype=torch.float32) if kind == "patch_mean" else getattr(tokens, kind)
                 found[kind] = values.to(getattr(torch, self.options.dtype)).cpu().numpy()
         return found
+
+    def _tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The output of the layer that is asked for, of the type of the model."""
+        number = _layer(self.encoder, self.options)
+        if self.optimized is None:
+            return self.encoder.layers(pixels, [number - 1])[number - 1]
+        found = self.optimized(pixels.to(self.optimized.dtype), output_hidden_states=number).hidden_states
+        return next(filter(lambda tokens: tokens is not None, found)).to(self.encoder.dtype)
 
     def _require_finite(self, found: Mapping[str, np.ndarray], batch: Sequence[_Prepared]) -> None:
         for kind, values in found.items():

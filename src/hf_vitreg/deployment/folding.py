@@ -106,16 +106,12 @@ class FusedAttention(ViTRegAttention):
         attention_output, weights = self.attend(*projected, position_embeddings, **kwargs)
         return self.o_proj(attention_output), weights
 
-    # what `rows` reads of all tokens, or of some
+    # What `rows` reads of all tokens, or of some. The whole projection, since a quantized one has no parts.
     def q_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._project(0, hidden_states)
+        return self.qkv_proj(hidden_states).chunk(3, dim=-1)[0]
 
     def k_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._project(1, hidden_states)
-
-    def _project(self, part: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias.chunk(3)[part]
-        return nn.functional.linear(hidden_states, self.qkv_proj.weight.chunk(3)[part], bias)
+        return self.qkv_proj(hidden_states).chunk(3, dim=-1)[1]
 
 
 class FusedSwiGLUFFN(ViTRegSwiGLUFFN):

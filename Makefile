@@ -22,7 +22,9 @@ style: .venv/test.stamp  ## formats, and sorts imports
 
 bench: .venv/test.stamp  ## ViTReg against transformers and timm
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/inference_sizes.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/load_time.py
 
 # pip is the last that venv writes: an interrupted one is made again

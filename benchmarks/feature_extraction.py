@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 import typer
 from rich.console import Console
-from timing import RESULTS, alternate, save, show, summary
+from timing import RESULTS, save, show
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_vitreg.deployment.extract import Extracted, FeatureOptions, extract_features
+from hf_vitreg.deployment.timing import alternate, summary
 from hf_vitreg.features import load_vit
 from hf_vitreg.machine import usable_device
 from hf_vitreg.matmul import use_fast_float32_matmul

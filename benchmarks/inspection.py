@@ -21,7 +21,7 @@ import psutil
 import torch
 import typer
 from rich.console import Console
-from timing import alternate, save, show, summary
+from timing import save, show
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.analysis import probes
@@ -29,6 +29,7 @@ from hf_vitreg.analysis.image_files import ImageFiles
 from hf_vitreg.analysis.inspection import inspect
 from hf_vitreg.analysis.passes import NormCollector
 from hf_vitreg.analysis.run import Run
+from hf_vitreg.deployment.timing import alternate, summary
 from hf_vitreg.features import VisionEncoder
 
 

@@ -19,8 +19,9 @@ from unittest import mock
 
 import torch
 import typer
-from timing import alternate, save, show, summary
+from timing import save, show
 
+from hf_vitreg.deployment.timing import alternate, summary
 from hf_vitreg.evaluation.lost import lost_boxes
 
 

@@ -3,6 +3,7 @@
 """The same DINOv2 architecture, with the same weights, in hf_vitreg, in transformers and in timm."""
 
 import re
+from collections.abc import Mapping, Sequence
 
 import timm
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
+from hf_vitreg.deployment.agreement import Agreement, agreement, tolerance
 
 
 SIZES = {
@@ -17,60 +19,124 @@ SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
+LIBRARIES = ("hf_vitreg", "transformers", "timm")
+TIMM_NAME = "vit_{}_patch14_reg4_dinov2"
 PATCH_SIZE = 14
 NUM_REGISTER_TOKENS = 4
+LAYER_SCALE = 0.3  # the mean; a residual branch of 1 would drown the tokens that it is added to
 
 
 def build(
-    size: str, image_size: int, attention: str, dtype: torch.dtype, device: torch.device
+    size: str,
+    image_size: int,
+    attention: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    libraries: Sequence[str] = LIBRARIES,
 ) -> dict[str, nn.Module]:
     """Models whose outputs are equal: all tokens, `(batch, 1 + 4 + num_patches, hidden_size)`, by `tokens`."""
     torch.manual_seed(0)
     shared = {**SIZES[size], "image_size": image_size, "patch_size": PATCH_SIZE, "attn_implementation": attention}
     ours = ViTRegModel(ViTRegConfig(num_register_tokens=NUM_REGISTER_TOKENS, **shared))
-    for parameter in ours.parameters():  # the norms and LayerScale too, or an error there would not show
-        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
-    theirs = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=NUM_REGISTER_TOKENS, **shared))
-    theirs.load_state_dict(_transformers_names(ours.state_dict(), theirs.embeddings.mask_token))
-    models = {"hf_vitreg": ours, "transformers": theirs, "timm": _timm(size, image_size, attention, ours.state_dict())}
-    return {name: model.to(device, dtype) for name, model in models.items()}
+    for name, parameter in ours.named_parameters():
+        _draw(name, parameter)
+    makers = {
+        "hf_vitreg": lambda: ours,
+        "transformers": lambda: _transformers(shared, ours.state_dict()),
+        "timm": lambda: _timm(size, image_size, attention, ours.state_dict()),
+    }
+    return {library: makers[library]().to(device, dtype) for library in libraries}
+
+
+def describe(size: str, image_size: int, batch_size: int, attention: str) -> str:
+    """Models and images in words."""
+    registers = f"{NUM_REGISTER_TOKENS} registers"
+    return f"ViT-{size}/{PATCH_SIZE}, {registers}, {image_size} px, batch {batch_size}, {attention}"
+
+
+def _draw(name: str, parameter: nn.Parameter) -> None:
+    """So that an error anywhere shows in the output, norms and LayerScale too, and tokens differ from one another.
+
+    Where all parameters of a layer have a mean of their own, all tokens point one way, and a cosine says nothing.
+    """
+    if parameter.ndim == 1 and not name.endswith("bias"):
+        mean = LAYER_SCALE if name.endswith("lambda1") else 1.0
+        nn.init.normal_(parameter, mean, 0.1 * mean)
+    elif parameter.ndim == 1:
+        nn.init.normal_(parameter, 0.0, 0.1)
+    elif name.endswith("weight"):
+        nn.init.normal_(parameter, 0.0, parameter[0].numel() ** -0.5)
+    else:
+        nn.init.normal_(parameter, 0.0, 0.5)
 
 
 def tokens(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """All tokens after the final norm."""
-    if isinstance(model, timm.models.VisionTransformer):
-        return model.forward_features(pixel_values)
+    if hasattr(model, "forward_features"):
+        return model.forward_features(pixel_values.to(model.patch_embed.proj.weight.dtype))
     return model(pixel_values).last_hidden_state
 
 
-def check_equal(models: dict[str, nn.Module], pixel_values: torch.Tensor, tolerance: float) -> dict[str, float]:
-    """Largest difference from ours, relative to the largest magnitude. Raises `ValueError` above the tolerance."""
+def compiled(model: nn.Module) -> nn.Module:
+    """The model itself, with what `tokens` calls compiled."""
+    if hasattr(model, "forward_features"):
+        model.forward_features = torch.compile(model.forward_features)
+    else:
+        model.compile()
+    return model
+
+
+def kinds(all_tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """CLS, registers and patches of `tokens`, as `ViTRegModel` names them, in float32."""
+    cls_token, registers, patches = all_tokens.float().split(
+        [1, NUM_REGISTER_TOKENS, all_tokens.shape[1] - 1 - NUM_REGISTER_TOKENS], dim=1
+    )
+    return {"pooler_output": cls_token[:, 0], "register_tokens": registers, "patch_tokens": patches}
+
+
+def check_equal(
+    models: Mapping[str, nn.Module], pixel_values: torch.Tensor, dtypes: Mapping[str, torch.dtype], exact: nn.Module
+) -> dict[str, Agreement]:
+    """How well models agree with `exact`, in float32. Raises `ValueError` where one does not by its dtype."""
     with torch.no_grad():
-        outputs = {name: tokens(model, pixel_values).float() for name, model in models.items()}
-    expected = outputs["hf_vitreg"]
-    differences = {
-        name: ((output - expected).abs().max() / expected.abs().max()).item() for name, output in outputs.items()
-    }
-    if max(differences.values()) > tolerance:
-        raise ValueError(f"The models are not the same: {differences}. Their times cannot be compared.")
-    return differences
+        expected = kinds(tokens(exact, pixel_values))
+        found = {name: agreement(kinds(tokens(model, pixel_values)), expected) for name, model in models.items()}
+    for name, agreed in found.items():
+        if not agreed.suffices(dtypes[name]):
+            raise ValueError(
+                f"{name} is not the same model: {agreed.describe(dtypes[name])}, where {tolerance(dtypes[name])} is "
+                "needed. Its time cannot be compared."
+            )
+    return found
 
 
-def _transformers_names(state: dict[str, torch.Tensor], mask_token: torch.Tensor) -> dict[str, torch.Tensor]:
-    renamed = {re.sub(r"residual([12])\.", r"layer_scale\1.", name): tensor for name, tensor in state.items()}
-    return {**renamed, "embeddings.mask_token": mask_token.detach()}
+def _transformers(shared: dict, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=NUM_REGISTER_TOKENS, **shared))
+    mask_token = {"embeddings.mask_token": model.embeddings.mask_token.detach()}
+    model.load_state_dict({**transformers_names(state), **mask_token})
+    return model
 
 
-def _timm(size: str, image_size: int, attention: str, state: dict[str, torch.Tensor]) -> nn.Module:
-    model = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", img_size=image_size, num_classes=0)
-    original = {"mask_token": torch.zeros(1, model.embed_dim), **_dinov2_names(state)}
-    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(original, model))
+def transformers_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our tensors under the names of transformers."""
+    return {re.sub(r"residual([12])\.", r"layer_scale\1.", name): tensor for name, tensor in state.items()}
+
+
+def _timm(size: str, image_size: int, attention: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    model = timm.create_model(TIMM_NAME.format(size), img_size=image_size, num_classes=0)
+    model.load_state_dict(timm_names(state, model))
     for block in model.blocks:
         block.attn.fused_attn = attention == "sdpa"
     return model
 
 
-def _dinov2_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def timm_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Our tensors under the names of timm, and in the shapes of a model of it."""
+    original = {"mask_token": torch.zeros(1, model.embed_dim), **_dinov2_names(state)}
+    return timm.models.vision_transformer.checkpoint_filter_fn(original, model)
+
+
+def _dinov2_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The original layout, which timm reads: fused q, k, v, and its own names."""
     renamed = {}
     for name, tensor in state.items():

@@ -22,7 +22,10 @@ from pretraining_sizes import SIZES
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import save, summary
+from timing import save
+
+from hf_vitreg.deployment.matmul_limit import matmul_limit
+from hf_vitreg.deployment.timing import summary
 
 
 FOLDER = Path(__file__).parent
@@ -177,14 +180,17 @@ def alternate_steps(trainers: dict[str, Trainer], rounds: int) -> dict[str, list
 
 
 def measured(steps: dict[str, list[dict]], setting: dict, mfu: bool, flops_per_image: float) -> dict[str, dict]:
-    """Time, images per second and peak memory of each, and the ratios to ours within rounds."""
+    """Time, images per second, share of the matmul limit and peak memory, and the ratios to ours within rounds."""
     rows = summary({name: [record["seconds"] for record in records[2:]] for name, records in steps.items()})
     own_peak = steps["hf_vitreg"][-1]["peak_bytes"]
+    torch.set_num_threads(setting["threads"])
+    limit = matmul_limit(torch.device(setting["device"]), getattr(torch, setting["precision"]))
     for name, records in steps.items():
         rows[name]["images_per_second"] = setting["batch_size"] / (rows[name]["median_ms"] / 1e3)
         rows[name]["cpu_seconds"] = sorted(record["cpu_seconds"] for record in records[2:])[len(records[2:]) // 2]
         rows[name]["peak_gb"] = records[-1]["peak_bytes"] / 1e9
         rows[name]["our_peak_is"] = own_peak / records[-1]["peak_bytes"]
+        rows[name]["fraction_of_limit"] = rows[name]["images_per_second"] * flops_per_image / limit
         rows[name]["load_average"] = round(os.getloadavg()[0], 1)
     if mfu:
         rows["hf_vitreg"]["mfu"] = utilisation(rows["hf_vitreg"]["images_per_second"] * flops_per_image, setting)
@@ -195,13 +201,21 @@ def utilisation(flops: float, setting: dict) -> float | None:
     """Share of the device's peak, where that is known."""
     from hf_vitreg.training.throughput import peak_flops
 
-    torch.set_num_threads(setting["threads"])
     peak = peak_flops(torch.device(setting["device"]), getattr(torch, setting["precision"]))
     return flops / peak if peak else None
 
 
 def show(title: str, rows: dict[str, dict]) -> None:
-    table = Table("", "seconds", "images/s", "ours is faster by", "quartiles", "peak GB", "our peak is", title=title)
+    columns = (
+        "seconds",
+        "images/s",
+        "ours is faster by",
+        "quartiles",
+        "of the matmul limit",
+        "peak GB",
+        "our peak is",
+    )
+    table = Table("", *columns, title=title)
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
         table.add_row(
@@ -210,6 +224,7 @@ def show(title: str, rows: dict[str, dict]) -> None:
             f"{row['images_per_second']:.2f}",
             f"{row['ratio_to_ours']:.2f}x",
             f"{low:.2f} to {high:.2f}",
+            f"{row['fraction_of_limit']:.2f}",
             f"{row['peak_gb']:.2f}",
             f"{row['our_peak_is']:.2f} of it",
         )

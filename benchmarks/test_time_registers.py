@@ -13,10 +13,11 @@ from typing import Annotated
 
 import torch
 import typer
-from timing import alternate, save, show, summary
+from timing import save, show
 
 from hf_vitreg import ViTRegConfig, ViTRegModel
 from hf_vitreg.analysis.norms import token_norms
+from hf_vitreg.deployment.timing import alternate, summary
 from hf_vitreg.features import VisionEncoder
 from hf_vitreg.registers.neuron_scores import NeuronScores
 from hf_vitreg.registers.test_time import with_test_time_registers

@@ -138,3 +138,8 @@ def test_a_model_without_vitreg_is_refused():
     config = ViTConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
     with pytest.raises(ValueError, match="no ViTReg in this ViTModel"):
         fold(ViTModel(config))
+
+
+def test_what_is_folded_is_not_folded_again():
+    with pytest.raises(ValueError, match="optimized already: give the model that it was made from"):
+        fold(fold(make()))

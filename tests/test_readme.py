@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from sklearn.datasets import load_sample_image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -36,6 +37,7 @@ def commands():
 def test_its_python_runs_as_written(tmp_path, monkeypatch):
     """With a small model in the place of the large one of the same name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # half a minute
     config = ViTRegConfig(hidden_size=12, num_hidden_layers=4, num_attention_heads=2, image_size=28)
     ViTRegModel(config).save_pretrained("org/vitreg-large")
     new_image_processor(42).save_pretrained("org/vitreg-large")

@@ -36,10 +36,12 @@ def fold(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
         dtype: Of the copy; by default that of the model. Folding is in float32 at least.
 
     Raises:
-        ValueError: where there is no ViTReg in the model.
+        ValueError: where there is no ViTReg in the model, or it is folded already.
     """
     if not any(isinstance(module, ViTRegEncoder) for module in model.modules()):
         raise ValueError(f"There is no ViTReg in this {type(model).__name__}: nothing in it can be folded.")
+    if any(isinstance(module, FusedAttention) for module in model.modules()):
+        raise ValueError(f"This {type(model).__name__} is optimized already: give the model that it was made from.")
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     for module in folded.modules():
         if isinstance(module, ViTRegLayer):

@@ -346,6 +346,8 @@ class _Run:
     stop: int = 0
 
     def run(self) -> Extracted:
+        if self.optimized is not None:  # compiled before anything is timed
+            self._tokens(torch.zeros(2, 3, *self.encoder.image_size, device=self.encoder.device))
         num_before, started = self.partial.num_images, time.perf_counter()
         if PATCHES in self.options.tokens and (first := next(self.partial.filled(), None)):
             self.first_grid = tuple(first.grids[0].tolist())

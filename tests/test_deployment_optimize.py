@@ -5,6 +5,7 @@
 import copy
 import functools
 
+import dual_encoders
 import pytest
 import torch
 from reference import HEIGHT, PATCH_SIZE, VARIANTS, WIDTH, images, randomize, relative_error, tiny_config
@@ -77,6 +78,17 @@ def test_what_else_is_asked_for_is_given(traced):
             assert relative_error(one, other) < 1e-5
     assert relative_error(optimized.get_attention_maps(pixel_values, -1), expected.attentions[-1][:, :, :1]) < 1e-5
     assert optimized(pixel_values).hidden_states is None
+
+
+@torch.no_grad()
+def test_texts_beside_images_keep_their_masks(traced):
+    model = randomize(dual_encoders.objective().exportable())
+    batch = dual_encoders.batch()
+    optimized = optimize(model, example=batch["pixel_values"])
+    expected, actual = model(**batch), optimized(**batch)
+    for name in ("text_embeds", "image_embeds", "logits_per_image"):
+        assert relative_error(actual[name], expected[name]) < 1e-5, name
+    assert optimized.text_model.config._attn_implementation == model.text_model.config._attn_implementation
 
 
 def test_no_setting_is_left_changed(traced):

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..machine import processor_features
 from ..matmul import fast_float32_matmul
-from ..modeling_vitreg import ViTRegEncoder
+from ..modeling_vitreg import ViTRegAttention, ViTRegEncoder, ViTRegPreTrainedModel
 from . import cpu_attention
 from .folding import fold
 
@@ -64,8 +64,11 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 def compiled(folded: PreTrainedModel, example: torch.Tensor | None = None) -> PreTrainedModel:
     """A folded model, itself, with its encoders compiled; see `optimize`."""
-    folded.set_attn_implementation(_attention(folded.device, folded.dtype))
+    attention = _attention(folded.device, folded.dtype)
     for module in folded.modules():
+        # not that of other models in it: texts have masks, which our kernel has not
+        if isinstance(module, ViTRegAttention):
+            module.config._attn_implementation = attention
         if isinstance(module, ViTRegEncoder):
             # torch.compile cannot trace the installation
             maybe_install_capturing_hooks(module)
@@ -74,7 +77,8 @@ def compiled(folded: PreTrainedModel, example: torch.Tensor | None = None) -> Pr
     for name in ("save_pretrained", "push_to_hub", "load_state_dict"):
         setattr(folded, name, functools.partial(_refuse, name))
     if example is not None:
-        folded(example.to(folded.device, folded.dtype))
+        vitreg = next(module for module in folded.modules() if isinstance(module, ViTRegPreTrainedModel))
+        vitreg(example.to(folded.device, folded.dtype))
     return folded
 
 

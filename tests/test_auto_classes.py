@@ -288,6 +288,7 @@ REMOTE_DENSE = """
 """
 
 
+@pytest.mark.slow  # as the other models
 def test_dense_models_are_remote_code_where_hf_vitreg_is_absent(tmp_path):
     photo().save(tmp_path / "photo.png")
     models = {task: write_dense(tmp_path / task, task) for task in DENSE}

@@ -21,7 +21,9 @@ SHAPES = [(1, 64), (21, 17), (64, 64), (261, 64), (130, 80), (530, 33), (1029, 1
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
+    """Kernels that are built here are not optimized, which takes the compiler half of the time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in module.FLAGS))
     load_kernel.cache_clear()
     yield tmp_path / "hf_vitreg"
     load_kernel.cache_clear()

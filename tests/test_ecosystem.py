@@ -108,6 +108,7 @@ def test_compiled_whole_model_returns_hidden_states_and_attentions(model_class):
 @pytest.mark.parametrize(
     "values", [{"classifier_layout": "cls"}, {"classifier_layout": "last4_cls_mean"}, VARIANTS["rope"]]
 )
+@pytest.mark.slow
 def test_compiled_training_step_has_the_gradients_of_an_eager_one(values):
     torch.compiler.reset()
     model = make(ViTRegForImageClassification, num_hidden_layers=4, use_mask_token=True, **values)

@@ -111,6 +111,7 @@ def evaluations(accelerator=None) -> list:
     return json.loads(json.dumps([[k.tolist() for k in ranked.values()], sweep.scores, sweep.best.weight.tolist()]))
 
 
+@pytest.mark.slow  # test_evaluation_evaluate.py has two processes, too
 def test_two_processes_compute_what_one_does(tmp_path):
     (tmp_path / "both.py").write_text(BOTH.format(tests=os.path.dirname(__file__)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -229,6 +229,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow  # pretraining in two processes measures, too
 def test_two_processes_measure_what_one_does(tmp_path):
     """Seven validation images: the last process has one less."""
     (tmp_path / "both.py").write_text(SCRIPT)

@@ -300,6 +300,7 @@ def test_it_is_remote_code_where_hf_vitreg_is_absent(tmp_path):
     "values", [pytest.param({}, marks=pytest.mark.slow), {**ROPE, **SWIGLU, "register_neuron_reduce": "layer"}]
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_model_equals_eager(values):
     torch.compiler.reset()
     model = make(num_hidden_layers=4, **values)

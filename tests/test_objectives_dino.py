@@ -287,6 +287,7 @@ def trained_for_two_steps(rank: int, num_processes: int) -> dict[str, dict[str, 
     return found
 
 
+@pytest.mark.slow  # as a whole run in test_pretrain.py
 def test_two_processes_are_one_with_the_global_batch(tmp_path):
     results = results_of_two("test_objectives_dino", "trained_for_two_steps", tmp_path)
     expected = trained_for_two_steps(0, 1)

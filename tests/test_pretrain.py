@@ -153,6 +153,7 @@ def test_measuring_leaves_no_trace(tmp_path):
     assert_equal_weights(tmp_path / "often", tmp_path / "seldom")
 
 
+@pytest.mark.slow  # as in test_finetune.py
 def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
     left = killed_in_the_second_save("pretrain", ["--config", recipe("dino"), "--peak_tflops", "1"], tmp_path)
     assert left == {"step-00000002", ".step-00000003.partial"}
@@ -444,7 +445,7 @@ def test_bad_flags_are_refused_before_anything_is_saved(tmp_path, flags, named):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("objective", ["dino", "clip"])
+@pytest.mark.parametrize("objective", ["dino", pytest.param("clip", marks=pytest.mark.slow)])
 def test_push_to_hub_publishes_weights_card_and_recipe(tmp_path, objective):
     flags = ["--push_to_hub", "--hub_model_id", "org/digits", "--max_steps", "1", "--peak_tflops", "1"]
     arguments = ["--config", recipe(objective), "--output_dir", str(tmp_path / "run"), *flags]

@@ -107,6 +107,7 @@ def test_figures_that_only_the_other_model_has_are_on_the_page(inspections, tmp_
     assert "compare_attention_heads_register_1.png" in on_page
 
 
+@pytest.mark.slow  # another whole report
 def test_attention_of_every_layer_is_folded(tmp_path):
     images = [patchy_image(index)[0] for index in range(5)]
     done = report.write_report(tmp_path / "report", inspect(planted_encoder(500.0), images, all_layers=True))

@@ -511,6 +511,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow  # test_evaluation_evaluate.py has two, too
 def test_two_processes_give_the_same_to_the_last_bit(encoder, finished, parquet, tmp_path):
     from safetensors.torch import load_file
 

@@ -274,6 +274,7 @@ def sharded_gradients(num_processes: int) -> dict[str, torch.Tensor]:
     return found | {"num_weights": torch.tensor(len(weights)), "num_bytes": torch.tensor(num_bytes)}
 
 
+@pytest.mark.slow  # a run of two processes
 def test_sharded_weights_are_freed_between_the_passes(tmp_path):
     (tmp_path / "both.py").write_text(SCRIPT)
     tests = Path(__file__).parent

@@ -155,6 +155,7 @@ def test_options_reach_the_search_and_the_comparison(planted, photographs, tmp_p
         assert flag in command
 
 
+@pytest.mark.slow  # test_registers_warm_start.py has its parts
 def test_a_warm_start_says_that_nothing_fell_yet(planted, photographs, tmp_path):
     done = give_registers(planted, tmp_path / "out", "warm-start", [photographs], device="cpu")
     assert not done.effect.succeeded and done.effect.outlier_shares[1] > 0

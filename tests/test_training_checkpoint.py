@@ -148,6 +148,7 @@ def in_two_processes(folder: Path, accelerator: str, more: str = "") -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow  # test_pretrain.py has two processes, too
 def test_two_processes_go_on_each_where_it_was(tmp_path, run):
     in_two_processes(tmp_path, "Accelerator(cpu=True)")
     (saved,) = run.checkpoints.all()

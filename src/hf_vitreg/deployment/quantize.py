@@ -155,10 +155,9 @@ def num_steps(features: Sequence[str]) -> int:
 class Int8Linear(nn.Module):
     """A linear map with int8 weights, and activations that are rounded to 8 bits for every token.
 
-    With `x = centre + step * (q - 128)` of a token, where `q` is from 0 to 255 between its least and its largest, and
-    `w = scale * v` of an output channel, where `v` is from -127 to 127, it is
-    `x w = step * scale * (q - 128) v + centre * sum(w) + bias`. oneDNN sums in int32 and multiplies by `scale`,
-    torch.compile fuses the rest with what comes before and after.
+    With `x = step * q + low` of a token, where `q` is from 0 to 255, and `w = scale * v` of an output channel, where
+    `v` is from -127 to 127, it is `x w = step * scale * (q v) + low * sum(w) + bias`. oneDNN sums `q v` in int32 and
+    multiplies by `scale`, torch.compile fuses the rest with what comes before and after.
 
     `(..., in_features) -> (..., out_features)`
     """
@@ -182,11 +181,11 @@ class Int8Linear(nn.Module):
         # a global number would be a variable for the compiler, and no constant
         step = ((high - low) / self.num_steps).clamp(min=torch.finfo(torch.float32).tiny)
         rounded = ((tokens - low) / step).round().to(torch.uint8)
-        zero_point = (self.num_steps + 1) // 2
+        # What is added to the product may be much larger than their sum, so it is float32.
         product = torch.ops.onednn.qlinear_pointwise(
             rounded,
             1.0,
-            zero_point,
+            0,
             # a compiled model has it packed
             torch.ops.onednn.qlinear_prepack(self.weight, None),
             self.weight_scale,
@@ -194,13 +193,12 @@ class Int8Linear(nn.Module):
             None,
             1.0,
             0,
-            # twice the memory takes longer than half the arithmetic of the rest
-            torch.bfloat16 if hidden_states.dtype == torch.bfloat16 else torch.float32,
+            torch.float32,
             "none",
             [],
             "",
         )
-        output = step * product + (low + zero_point * step) * self.weight_sum
+        output = step * product + low * self.weight_sum
         if self.bias is not None:
             output = output + self.bias
         return output.to(hidden_states.dtype).unflatten(0, hidden_states.shape[:-1])

@@ -122,7 +122,7 @@ def show(model: str, rows: dict[str, dict[str, list[dict]]], labels: dict[str, l
 
 
 def plot(title: str, rows: dict[str, dict[str, list[dict]]], labels: dict[str, list[int]], name: str) -> None:
-    """Nanoseconds per million operations over the sizes: flat where cost grows as the arithmetic says."""
+    """Milliseconds per 1e9 operations over the sizes: flat where cost grows as the arithmetic says."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
